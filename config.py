@@ -1,0 +1,168 @@
+"""Config: config.yaml's defaults, `key=value` overrides typed by them, and one line for every mistake.
+
+Standard library and yaml only, so that a typo is told before torch is imported.
+"""
+
+import os
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import yaml
+
+DEFAULTS = Path(__file__).with_name("config.yaml")
+
+
+class UserError(Exception):
+    """A mistake in what the user gave: its message names the thing and the mend, on one line."""
+
+
+@contextmanager
+def one_line_errors():
+    """Turns a UserError into its message on stderr (once, from rank 0) and exit code 2."""
+    try:
+        yield
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def read_defaults() -> dict:
+    """config.yaml as a flat dictionary, `{"optimizer.lr": 3e-05, ...}`."""
+    return flatten(yaml.safe_load(DEFAULTS.read_text(encoding="utf-8")))
+
+
+def flatten(tree: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def nest(flat: dict) -> dict:
+    """The inverse of `flatten`."""
+    tree: dict = {}
+    for key, value in flat.items():
+        *groups, name = key.split(".")
+        branch = tree
+        for group in groups:
+            branch = branch.setdefault(group, {})
+        branch[name] = value
+    return tree
+
+
+def override(defaults: dict, arguments: list[str]) -> dict:
+    """The flat defaults with `key=value` arguments put in, each of its default's type."""
+    flat = dict(defaults)
+    for argument in arguments:
+        key, equals, text = argument.partition("=")
+        if not equals:
+            raise UserError(f"argument {argument!r} is not key=value; for example optimizer.lr=1.0e-5")
+        if key not in defaults:
+            raise UserError(f"unknown config key {key!r}: the keys are {closest(key, defaults)}")
+        flat[key] = typed(key, text, defaults[key])
+    return flat
+
+
+def typed(key: str, text: str, default):
+    """`text` as YAML reads it, if that has the default's type."""
+    try:
+        value = text if isinstance(default, str) else yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    if type(value) is int and type(default) is float:
+        value = float(value)
+    if type(value) is not type(default):
+        mend = f"write it like {default!r}"
+        if type(default) is float and "e" in text.lower():
+            mend = "YAML reads a number like 1e-6 as text: write the mantissa with a point, 1.0e-6"
+        raise UserError(f"{key}={text}: needs {NAMES[type(default)]}; {mend}")
+    return value
+
+
+NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+
+
+def closest(key: str, keys) -> str:
+    """The keys of the same name or group, or else every group: a hint that fits on one line."""
+    group, _, name = key.rpartition(".")
+    near = [k for k in keys if k.rpartition(".")[2] == name or (group and k.startswith(group + "."))]
+    return ", ".join(near or sorted({k.partition(".")[0] for k in keys}))
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+def namespace(tree: dict) -> SimpleNamespace:
+    """Nested dictionaries as attributes: config.optimizer.lr."""
+    return SimpleNamespace(**{k: namespace(v) if isinstance(v, dict) else v for k, v in tree.items()})
+
+
+def command_line(arguments: list[str], extra: dict | None = None) -> dict:
+    """Flat, checked keys from config.yaml, `extra` defaults and `key=value` arguments."""
+    keys = override(read_defaults() | (extra or {}), arguments)
+    check(keys)
+    return keys
+
+
+def check(keys: dict) -> None:
+    """Refuses what cannot work, key by key, before anything is loaded or written."""
+
+    def bound(key, low, high=float("inf"), *, above=False):
+        fits = low < keys[key] <= high if above else low <= keys[key] <= high
+        limits = f"{'above' if above else 'at least'} {low}" + (f" and at most {high}" if high < float("inf") else "")
+        require(fits, f"{key}={keys[key]}: give {limits}")
+
+    for key in ("steps", "prompts_per_step", "max_new_tokens", "micro_batch_size", "logits_chunk", "log_every",
+                "save_every", "rollout.batch_size", "rollout.segment", "evaluation.problems", "evaluation.samples",
+                "evaluation.samples_between", "countdown_problems", "countdown.largest", "countdown.limit",
+                "toy.layers", "toy.hidden", "toy.heads", "toy.intermediate", "toy.updates", "toy.batch"):  # fmt: skip
+        bound(key, 1)
+    for key in ("grpo.clip_low", "grpo.clip_high", "selection.kl_coef", "optimizer.lr", "optimizer.weight_decay",
+                "evaluation.every", "seed", "toy.seed"):  # fmt: skip
+        bound(key, 0)
+    for key in ("temperature", "grpo.advantage_eps", "optimizer.max_grad_norm", "toy.lr"):
+        bound(key, 0, above=True)
+    bound("selection.fraction", 0, 1)
+    bound("optimizer.warmup", 0, 1)
+    bound("countdown.numbers", 2, 6)
+    require(keys["group_size"] >= 2, f"group_size={keys['group_size']}: give at least 2, for an advantage is a "
+                                     "completion's distance from the others of its group")
+    require(keys["countdown.limit"] >= keys["countdown.largest"],
+            f"countdown.limit={keys['countdown.limit']}: give at least countdown.largest={keys['countdown.largest']}")
+    require(keys["optimizer.schedule"] in ("cosine", "constant"),
+            f"optimizer.schedule={keys['optimizer.schedule']}: give cosine or constant")
+    require(keys["toy.hidden"] % (2 * keys["toy.heads"]) == 0,
+            f"toy.hidden={keys['toy.hidden']}: give a multiple of 2 x toy.heads ({keys['toy.heads']})")
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    require(keys["prompts_per_step"] % ranks == 0,
+            f"prompts_per_step={keys['prompts_per_step']} does not divide by the {ranks} ranks: "
+            f"give a multiple of {ranks}")
+    for field in ("numbers", "target"):
+        require(f"{{{field}}}" in keys["prompt"], f"prompt={keys['prompt']!r}: it must contain {{{field}}}")
+    try:
+        keys["prompt"].format(numbers="", target="")
+    except (KeyError, IndexError, ValueError) as error:
+        raise UserError(f"prompt={keys['prompt']!r}: the fields are {{numbers}} and {{target}} only, "
+                        f"and other braces are doubled ({error!r})") from None
+    check_model(keys["model"])
+    for key in ("data", "evaluation.data"):
+        if keys[key] not in ("countdown", "auto"):
+            require(Path(keys[key]).is_file(), f"{key}={keys[key]}: no such file")
+
+
+def check_model(model: str) -> None:
+    """A local folder must hold a model; what cannot be a hub name must be a local folder."""
+    if model == "toy":
+        return
+    if Path(model).exists():
+        for file in ("config.json", "tokenizer.json"):
+            require((Path(model) / file).is_file(), f"model={model}: the folder holds no {file}")
+    else:
+        owner, _, rest = model.partition("/")
+        hub = owner.strip(".~") and rest and "/" not in rest and not Path(owner).is_dir()
+        require(hub, f"model={model}: no such folder; give toy, a local HF folder, or a hub name (owner/name)")

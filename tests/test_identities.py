@@ -1,0 +1,195 @@
+"""Appendix A, checked two ways.
+
+In exact rational arithmetic, written from the definitions by enumeration of outcomes, every identity must
+hold with `==`. The float64 functions of scope.py must then agree with those exact values to 1e-12.
+"""
+
+from fractions import Fraction as F
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import scope
+
+# Logits up to +-30: probabilities down to 1e-26 and up to 1 - 1e-26. alpha may be 0.
+logits = st.floats(-30, 30, allow_nan=False).map(lambda x: round(x, 6))
+magnitudes = st.one_of(st.just(0.0), st.floats(1e-3, 5.0))
+contexts = st.integers(2, 9).flatmap(
+    lambda v: st.tuples(st.lists(logits, min_size=v, max_size=v), st.lists(magnitudes, min_size=v, max_size=v))
+)
+many = settings(max_examples=60, deadline=None)
+
+
+def policy(values: list[float]) -> torch.Tensor:
+    return torch.softmax(torch.tensor(values, dtype=torch.float64), dim=0)
+
+
+def exact_policy(probs: torch.Tensor) -> list[F]:
+    """The float policy as fractions that sum to exactly 1."""
+    fractions = [F(p) for p in probs.tolist()]
+    return [p / sum(fractions) for p in fractions]
+
+
+class Exact:
+    """One context in rational arithmetic, straight from Definitions 3-8: sums over the outcomes y."""
+
+    def __init__(self, probs: list[F], alpha: list[F]):
+        self.p, self.alpha, self.tokens = probs, alpha, range(len(probs))
+        self.scale = sum(p * a for p, a in zip(probs, alpha))  # Eq. 30
+
+    def indicator(self, y, v):
+        return 1 if y == v else 0
+
+    def S(self, v):  # Definition 5: E[|A| |1[y = v] - p_v|]
+        return sum(self.p[y] * self.alpha[y] * abs(self.indicator(y, v) - self.p[v]) for y in self.tokens)
+
+    def beta(self, v):  # Eq. 25: E[|A| given y != v]
+        return sum(self.p[y] * self.alpha[y] for y in self.tokens if y != v) / (1 - self.p[v])
+
+    def covariance(self, v):  # E[|A| I] - E|A| E[I]
+        joint = sum(self.p[y] * self.alpha[y] * self.indicator(y, v) for y in self.tokens)
+        return joint - self.scale * self.p[v]
+
+    def delta(self, v):  # Definition 7
+        return self.alpha[v] - self.scale
+
+    def delta_tilde(self, v):  # Eq. 32
+        return sum(self.p[u] / (1 - self.p[v]) * self.delta(u) for u in self.tokens if u != v)
+
+    def L(self, v):  # Eq. 45
+        return 2 * self.scale * self.p[v] * (1 - self.p[v])
+
+    def R(self, v):  # Eq. 46
+        return (1 - 2 * self.p[v]) * self.covariance(v)
+
+
+def close(value: torch.Tensor, exact: list[F], scale: list[F] | None = None) -> bool:
+    """Agreement to 1e-12 of the exact value, or of `scale` where the exact value is a difference."""
+    scale = scale or [abs(x) for x in exact]
+    return all(abs(F(x) - y) <= F(1, 10**12) * abs(s) for x, y, s in zip(value.tolist(), exact, scale, strict=True))
+
+
+@many
+@given(contexts)
+def test_every_identity_holds_exactly(context):
+    values, magnitudes = context
+    c = Exact(exact_policy(policy(values)), [F(a) for a in magnitudes])
+    assert sum(c.p[v] * c.delta(v) for v in c.tokens) == 0  # Lemma 1
+    for v in c.tokens:
+        p, delta = c.p[v], c.delta(v)
+        assert c.S(v) == p * (1 - p) * (c.alpha[v] + c.beta(v))  # Prop. 4
+        assert c.delta_tilde(v) == -p * delta / (1 - p)  # Lemma 2
+        assert delta + c.delta_tilde(v) == delta * (1 - 2 * p) / (1 - p)  # Corollary 1
+        assert c.S(v) == 2 * c.scale * p * (1 - p) + p * (1 - 2 * p) * delta  # Eq. 37
+        assert delta == c.covariance(v) / p  # Eq. 40
+        assert c.covariance(v) == p * (1 - p) * (c.alpha[v] - c.beta(v))  # Eq. 42
+        assert c.S(v) == 2 * c.scale * p * (1 - p) + (1 - 2 * p) * c.covariance(v)  # Eq. 44
+        assert c.S(v) == c.L(v) + c.R(v)  # Prop. 1, Eq. 47
+        if c.scale:
+            assert abs(c.R(v)) / c.L(v) == abs(1 - 2 * p) * abs(c.alpha[v] - c.beta(v)) / (2 * c.scale)  # Eq. 52
+
+
+@many
+@given(contexts)
+def test_scope_functions_agree_with_exact_values(context):
+    values, magnitudes = context
+    probs, alpha = policy(values), torch.tensor(magnitudes, dtype=torch.float64)
+    c = Exact(exact_policy(probs), [F(a) for a in magnitudes])
+    S, L, R = scope.decompose(probs, alpha)
+    exact_S = [c.S(v) for v in c.tokens]
+    assert close(S, exact_S)
+    assert close(L, [c.L(v) for v in c.tokens])
+    assert close(R, [c.R(v) for v in c.tokens], scale=exact_S)  # |R| <= S, and R may cancel to 0
+    assert close(scope.advantage_scale(probs, alpha), [c.scale])
+    assert close(scope.mean_without(probs, alpha), [c.beta(v) for v in c.tokens])
+    spread = [c.alpha[v] + c.scale for v in c.tokens]
+    assert close(scope.deviation(probs, alpha), [c.delta(v) for v in c.tokens], scale=spread)  # Def. 7
+    joint = [c.p[v] * (1 - c.p[v]) * (c.alpha[v] + c.beta(v)) for v in c.tokens]
+    assert close(scope.coupling(probs, alpha), [c.covariance(v) for v in c.tokens], scale=joint)  # Eq. 42
+
+
+@many
+@given(contexts, st.floats(0.01, 10))
+def test_S_is_L_plus_R_in_floats(context, eta):
+    """Prop. 1 as a reader would check it: 1e-12 relative, p near 0 and 1 and alpha = 0 included."""
+    values, magnitudes = context
+    S, L, R = scope.decompose(policy(values), torch.tensor(magnitudes, dtype=torch.float64), eta=eta)
+    torch.testing.assert_close(L + R, S, rtol=1e-12, atol=0)
+    assert (S >= 0).all() and (L >= 0).all() and (R.abs() <= S * (1 + 1e-12)).all()
+
+
+@many
+@given(st.lists(logits, min_size=2, max_size=9))
+def test_proposition_2_softmax_log_derivative(values):
+    z = torch.tensor(values, dtype=torch.float64)
+    jacobian = torch.autograd.functional.jacobian(lambda z: torch.log_softmax(z, dim=0), z)
+    torch.testing.assert_close(scope.score_jacobian(policy(values)), jacobian, rtol=1e-12, atol=1e-15)
+
+
+@many
+@given(contexts, st.randoms(use_true_random=False))
+def test_proposition_3_conditional_score(context, random):
+    """Signed advantages: g_v = E[A (1[y = v] - p_v)], by enumeration and by autograd of E[A log p]."""
+    values, magnitudes = context
+    signed = [a * random.choice([-1, 1]) for a in magnitudes]
+    probs, mean = policy(values), torch.tensor(signed, dtype=torch.float64)
+    c = Exact(exact_policy(probs), [F(a) for a in signed])
+    exact = [sum(c.p[y] * c.alpha[y] * (c.indicator(y, v) - c.p[v]) for y in c.tokens) for v in c.tokens]
+    score = scope.conditional_score(probs, mean)
+    size = [sum(c.p[y] * abs(c.alpha[y] * (c.indicator(y, v) - c.p[v])) for y in c.tokens) for v in c.tokens]
+    assert close(score, exact, scale=size)
+    z = torch.tensor(values, dtype=torch.float64, requires_grad=True)
+    (probs * mean * torch.log_softmax(z, dim=0)).sum().backward()  # the probabilities are data: y was sampled
+    torch.testing.assert_close(score, z.grad, rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("v", [2, 5, 50])
+def test_S_against_enumeration_of_outcomes(v):
+    """E|Delta| over (token, advantage) pairs, where the advantage given a token is itself random."""
+    generator = torch.Generator().manual_seed(v)
+    probs = torch.softmax(4 * torch.randn(v, generator=generator, dtype=torch.float64), dim=0)
+    outcomes = torch.randn(v, 3, generator=generator, dtype=torch.float64)  # A takes one of 3 values given y
+    weights = torch.softmax(torch.randn(v, 3, generator=generator, dtype=torch.float64), dim=1)
+    eta = 0.3
+    expected = torch.zeros(v, dtype=torch.float64)
+    for target in range(v):
+        for y in range(v):
+            for a, w in zip(outcomes[y], weights[y]):
+                expected[target] += probs[y] * w * abs(eta * a * (int(y == target) - probs[target]))
+    alpha = (outcomes.abs() * weights).sum(dim=1)
+    torch.testing.assert_close(scope.decompose(probs, alpha, eta=eta).S, expected, rtol=1e-12, atol=0)
+
+
+def test_S_against_monte_carlo():
+    """A sample mean of |Delta| over 200,000 draws lies within 4.5 of its standard errors of S, for every token."""
+    generator = torch.Generator().manual_seed(0)
+    probs = torch.tensor([0.55, 0.25, 0.15, 0.05], dtype=torch.float64)
+    scale = torch.tensor([0.5, 2.0, 0.0, 1.0], dtype=torch.float64)
+    n = 200_000
+    y = torch.multinomial(probs, n, replacement=True, generator=generator)
+    advantage = scale[y] * torch.randn(n, generator=generator, dtype=torch.float64)
+    alpha = scale * (2 / torch.pi) ** 0.5  # E|N(0, s)|
+    delta = (advantage[:, None] * (torch.nn.functional.one_hot(y, 4) - probs)).abs()
+    error = delta.std(dim=0) / n**0.5
+    assert ((delta.mean(dim=0) - scope.decompose(probs, alpha).S).abs() < 4.5 * error).all()
+
+
+def test_residual_ratio():
+    """Eq. 52 is |R| / L; Eq. 53: it vanishes at p = 1/2 however strong the coupling."""
+    probs = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+    alpha = torch.tensor([3.0, 0.1, 1.0], dtype=torch.float64)
+    S, L, R = scope.decompose(probs, alpha)
+    torch.testing.assert_close(scope.residual_ratio(probs, alpha), R.abs() / L, rtol=1e-12, atol=0)
+    assert scope.residual_ratio(probs, alpha)[0] == 0
+
+
+def test_batches_of_contexts():
+    probs = torch.softmax(torch.randn(4, 3, 6, dtype=torch.float64), dim=-1)
+    alpha = torch.rand(4, 3, 6, dtype=torch.float64)
+    together = scope.decompose(probs, alpha)
+    for i in range(4):
+        for j in range(3):
+            for whole, single in zip(together, scope.decompose(probs[i, j], alpha[i, j])):
+                torch.testing.assert_close(whole[i, j], single, rtol=1e-14, atol=0)

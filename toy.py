@@ -1,0 +1,122 @@
+"""The embedded default: a tiny Qwen2 base model that knows Countdown's form and some arithmetic, but no planning.
+
+It is warm-started on random valid chains whose target is whatever they happen to reach (data.random_chain),
+so it samples many different valid chains and few that hit a given target: room for RL to sharpen, and
+diversity for it to lose. Saved as an ordinary HF folder and reused until its recipe changes.
+"""
+
+import json
+import math
+import os
+import random
+import shutil
+import time
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+import distributed
+import rollout
+from data import is_heldout, random_chain, render
+
+SYMBOLS = ["<pad>", "<eos>", "+", "-", "*", "/", "=", ",", "->", ":"]
+
+
+def make_tokenizer(limit: int) -> PreTrainedTokenizerFast:
+    """One token a word: the symbols and every number from 0 to `limit`.
+
+    The words are added tokens too, which are matched before anything else is split. Without that the
+    saved folder would break under AutoTokenizer: transformers 5 loads any Qwen2 folder as Qwen2's own
+    byte-level BPE, whatever the folder says, and that splits 17 into 1 and 7.
+    """
+    words = SYMBOLS + [str(number) for number in range(limit + 1)]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_tokens([AddedToken(word, normalized=False) for word in words[2:]])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+
+
+def chains(count: int, rng: random.Random, *, prompt: str, countdown: dict) -> list[tuple[str, str]]:
+    """`count` random problems as (prompt, chain), none of them held out for evaluation."""
+    pairs = []
+    while len(pairs) < count:
+        problem, chain = random_chain(rng, **countdown)
+        if not is_heldout(**problem):
+            pairs.append((render(problem, prompt), chain))
+    return pairs
+
+
+def model_folder(config) -> str:
+    """The folder or hub name to load: config.model, or for `toy` the base model, made by rank 0 if need be."""
+    if config.model != "toy":
+        return config.model
+    folder = Path("runs/toy-base")
+    if distributed.rank() == 0:
+        base_model(folder, prompt=config.prompt, countdown=vars(config.countdown), toy=vars(config.toy))
+    distributed.barrier()
+    return str(folder)
+
+
+def base_model(folder: Path, *, prompt: str, countdown: dict, toy: dict) -> Path:
+    """The folder of the base model made by these settings: as it stands if it is there, else trained now.
+
+    It is complete or absent: training ends in a temporary folder that is renamed, and recipe.json,
+    compared here, is part of it. The recipe holds samples of the text, so that a change to the problem
+    generator counts as a change too.
+    """
+    recipe = {"prompt": prompt, "countdown": countdown, "toy": toy,
+              "examples": chains(3, random.Random(toy["seed"]), prompt=prompt, countdown=countdown)}
+    recipe = json.dumps(recipe, indent=1)
+    stored = folder / "recipe.json"
+    if stored.is_file() and stored.read_text() == recipe:
+        return folder
+    model, tokenizer = warm_start(prompt=prompt, countdown=countdown, **toy)
+    unfinished = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+    model.save_pretrained(unfinished)
+    tokenizer.save_pretrained(unfinished)
+    (unfinished / "recipe.json").write_text(recipe)
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished.rename(folder)
+    return folder
+
+
+def warm_start(*, prompt: str, countdown: dict, layers: int, hidden: int, heads: int, intermediate: int,
+               updates: int, batch: int, lr: float, seed: int):
+    """Trains the tiny model on random chains by next-token prediction, loss on the chain and its end only."""
+    started = time.time()
+    tokenizer = make_tokenizer(countdown["limit"])
+    torch.manual_seed(seed)
+    model = Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=max(1, heads // 2), intermediate_size=intermediate, max_position_embeddings=256,
+        tie_word_embeddings=True, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    ))  # fmt: skip
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.1)
+    rng = random.Random(seed)
+    bar = tqdm(range(updates), desc="warm start of the toy base model", unit="update")
+    for update in bar:
+        pairs = chains(batch, rng, prompt=prompt, countdown=countdown)
+        prompts = tokenizer([p for p, _ in pairs]).input_ids
+        answers = tokenizer([f"{chain} {tokenizer.eos_token}" for _, chain in pairs]).input_ids
+        width = max(len(p) + len(a) for p, a in zip(prompts, answers))
+        tokens = torch.zeros(batch, width, dtype=torch.long)
+        labels = torch.full((batch, width), -100)
+        for row, (p, a) in enumerate(zip(prompts, answers)):
+            tokens[row, : len(p) + len(a)] = torch.tensor(p + a)
+            labels[row, len(p) : len(p) + len(a)] = torch.tensor(a)
+        predicts = labels[:, 1:] != -100  # the state before a token predicts it; causal, so right padding is inert
+        hidden = rollout.hidden_states(model, tokens[:, :-1])[predicts]
+        loss = torch.nn.functional.cross_entropy(model.lm_head(hidden), labels[:, 1:][predicts])
+        for group in optimizer.param_groups:  # 50 updates of warm-up, then cosine to 0
+            group["lr"] = lr * min(1, (update + 1) / 50) * 0.5 * (1 + math.cos(math.pi * update / updates))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        bar.set_postfix(loss=f"{loss.item():.3f}")
+    tqdm.write(f"toy base model: {updates} updates in {time.time() - started:.0f} s")
+    return model.eval(), tokenizer
