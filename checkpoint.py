@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 import yaml
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from tqdm import tqdm
 
 import config as configs
@@ -84,7 +83,7 @@ def replaced(folder: Path) -> Iterator[Path]:
 
 def save(folder: Path, step: int, policy, tokenizer, optimizer) -> None:
     """Weights (an HF folder), optimizer state and step, by rank 0 while the others wait."""
-    if isinstance(optimizer, ZeroRedundancyOptimizer):
+    if hasattr(optimizer, "consolidate_state_dict"):  # ZeroRedundancyOptimizer: the shards come to rank 0
         optimizer.consolidate_state_dict(to=0)
     if distributed.rank() == 0:
         with replaced(folder / "checkpoint") as unfinished:

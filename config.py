@@ -3,6 +3,7 @@
 Standard library and yaml only, so that a typo is told before torch is imported.
 """
 
+import math
 import os
 import sys
 from contextlib import contextmanager
@@ -102,9 +103,21 @@ def namespace(tree: dict) -> SimpleNamespace:
     return SimpleNamespace(**{k: namespace(v) if isinstance(v, dict) else v for k, v in tree.items()})
 
 
-def command_line(arguments: list[str], extra: dict | None = None) -> dict:
-    """Flat, checked keys from config.yaml, `extra` defaults and `key=value` arguments."""
-    keys = override(read_defaults() | (extra or {}), arguments)
+def training_keys(arguments: list[str]) -> dict:
+    """The flat, checked config of train.py: config.yaml and `key=value` arguments."""
+    keys = override(read_defaults(), arguments)
+    check(keys)
+    return keys
+
+
+def evaluation_keys(arguments: list[str]) -> dict:
+    """The flat, checked config of evaluate.py: the keys of config.yaml that matter there, and its `data`,
+    `problems` and `samples`, with the defaults of a training run's in-between evaluation."""
+    defaults = read_defaults()
+    kept = ("model", "prompt", "seed", "max_new_tokens", "temperature", "rollout.", "countdown.", "toy.")
+    keys = {key: value for key, value in defaults.items() if key.startswith(kept)}
+    keys |= {"data": "auto", "problems": defaults["evaluation.problems"], "samples": 16}
+    keys = override(keys, arguments)
     check(keys)
     return keys
 
@@ -113,13 +126,15 @@ def check(keys: dict) -> None:
     """Refuses what cannot work, key by key, before anything is loaded or written."""
 
     def bound(key, low, high=float("inf"), *, above=False):
-        fits = low < keys[key] <= high if above else low <= keys[key] <= high
-        limits = f"{'above' if above else 'at least'} {low}" + (f" and at most {high}" if high < float("inf") else "")
-        require(fits, f"{key}={keys[key]}: give {limits}")
+        if key not in keys:
+            return
+        fits = math.isfinite(keys[key]) and (low < keys[key] if above else low <= keys[key]) and keys[key] <= high
+        limits = f"{'above' if above else 'at least'} {low}" + (f" and at most {high}" if math.isfinite(high) else "")
+        require(fits, f"{key}={keys[key]}: give a number {limits}")
 
     for key in ("steps", "prompts_per_step", "max_new_tokens", "micro_batch_size", "logits_chunk", "log_every",
                 "save_every", "rollout.batch_size", "rollout.segment", "evaluation.problems", "evaluation.samples",
-                "evaluation.samples_between", "countdown_problems", "countdown.largest", "countdown.limit",
+                "evaluation.samples_between", "problems", "samples", "countdown_problems", "countdown.largest",
                 "toy.layers", "toy.hidden", "toy.heads", "toy.intermediate", "toy.updates", "toy.batch"):  # fmt: skip
         bound(key, 1)
     for key in ("grpo.clip_low", "grpo.clip_high", "selection.kl_coef", "optimizer.lr", "optimizer.weight_decay",
@@ -130,18 +145,12 @@ def check(keys: dict) -> None:
     bound("selection.fraction", 0, 1)
     bound("optimizer.warmup", 0, 1)
     bound("countdown.numbers", 2, 6)
-    require(keys["group_size"] >= 2, f"group_size={keys['group_size']}: give at least 2, for an advantage is a "
-                                     "completion's distance from the others of its group")
     require(keys["countdown.limit"] >= keys["countdown.largest"],
             f"countdown.limit={keys['countdown.limit']}: give at least countdown.largest={keys['countdown.largest']}")
-    require(keys["optimizer.schedule"] in ("cosine", "constant"),
-            f"optimizer.schedule={keys['optimizer.schedule']}: give cosine or constant")
     require(keys["toy.hidden"] % (2 * keys["toy.heads"]) == 0,
             f"toy.hidden={keys['toy.hidden']}: give a multiple of 2 x toy.heads ({keys['toy.heads']})")
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    require(keys["prompts_per_step"] % ranks == 0,
-            f"prompts_per_step={keys['prompts_per_step']} does not divide by the {ranks} ranks: "
-            f"give a multiple of {ranks}")
+    if "steps" in keys:
+        check_step(keys)
     for field in ("numbers", "target"):
         require(f"{{{field}}}" in keys["prompt"], f"prompt={keys['prompt']!r}: it must contain {{{field}}}")
     try:
@@ -151,8 +160,19 @@ def check(keys: dict) -> None:
                         f"and other braces are doubled ({error!r})") from None
     check_model(keys["model"])
     for key in ("data", "evaluation.data"):
-        if keys[key] not in ("countdown", "auto"):
-            require(Path(keys[key]).is_file(), f"{key}={keys[key]}: no such file")
+        file = keys.get(key, "auto")
+        require(file in ("countdown", "auto") or Path(file).is_file(), f"{key}={file}: no such file")
+
+
+def check_step(keys: dict) -> None:
+    require(keys["group_size"] >= 2, f"group_size={keys['group_size']}: give at least 2, for an advantage is a "
+                                     "completion's distance from the others of its group")
+    require(keys["optimizer.schedule"] in ("cosine", "constant"),
+            f"optimizer.schedule={keys['optimizer.schedule']}: give cosine or constant")
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    require(keys["prompts_per_step"] % ranks == 0,
+            f"prompts_per_step={keys['prompts_per_step']} does not divide by the {ranks} ranks: "
+            f"give a multiple of {ranks}")
 
 
 def check_model(model: str) -> None:

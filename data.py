@@ -101,9 +101,8 @@ def training_problems(config) -> list[dict]:
     return countdown(config.countdown_problems, heldout=False, **vars(config.countdown))
 
 
-def heldout_problems(config) -> list[dict]:
-    """The problems of `evaluation.data`; auto: generated ones from the held-out side of the split."""
-    count = config.evaluation.problems
-    if config.evaluation.data != "auto":
-        return read_jsonl(config.evaluation.data)[:count]
-    return countdown(count, heldout=True, **vars(config.countdown))
+def heldout_problems(file: str, count: int, countdown_settings: dict) -> list[dict]:
+    """The first `count` problems of a file; auto: generated ones from the held-out side of the split."""
+    if file != "auto":
+        return read_jsonl(file)[:count]
+    return countdown(count, heldout=True, **countdown_settings)

@@ -8,13 +8,19 @@ as training. Correctness is a [P, n] table (P problems, n samples each); everyth
 """
 
 import sys
+
+import config as configs
+
+if __name__ == "__main__":  # before torch is imported: a typo is told at once
+    with configs.one_line_errors():
+        KEYS = configs.evaluation_keys(sys.argv[1:])
+
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-import config as configs
 import data
 import distributed
 import rollout
@@ -146,8 +152,7 @@ def describe(evaluation: Evaluation) -> str:
 
 def main(keys: dict) -> None:
     config = configs.namespace(configs.nest(keys))
-    configs.require(config.samples >= 1, f"samples={config.samples}: give at least 1")
-    problems = data.heldout_problems(config)
+    problems = data.heldout_problems(config.data, config.problems, vars(config.countdown))
     world = distributed.setup()
     try:
         model, tokenizer = rollout.load(toy.model_folder(config))
@@ -162,4 +167,4 @@ def main(keys: dict) -> None:
 
 if __name__ == "__main__":
     with configs.one_line_errors():
-        main(configs.command_line(sys.argv[1:], extra={"samples": 16}))
+        main(KEYS)

@@ -115,7 +115,7 @@ def score_jacobian(probs: Tensor) -> Tensor:
 
 
 def conditional_score(probs: Tensor, mean_advantage: Tensor) -> Tensor:
-    """g_v = E[A (1[y = v] - p_v)] = Cov(A, 1[y = v]), for mean_advantage_v = E[A given y = v], signed.  Prop. 3, Eq. 22"""
+    """g_v = E[A (1[y = v] - p_v)] = Cov(A, 1[y = v]), mean_advantage_v = E[A given y = v], signed.  Prop. 3, Eq. 22"""
     return coupling(probs, mean_advantage)
 
 

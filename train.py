@@ -14,7 +14,7 @@ import config as configs
 
 if __name__ == "__main__":  # before torch is imported: a typo is told at once
     with configs.one_line_errors():
-        KEYS = configs.command_line(sys.argv[1:])
+        KEYS = configs.training_keys(sys.argv[1:])
 
 import copy
 import json
@@ -30,7 +30,6 @@ import numpy as np
 import torch
 import yaml
 from torch import Tensor
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -163,6 +162,31 @@ def step_problems(problems: list, step: int, *, count: int, seed: int) -> list:
     return [problems[i] for i in order[place * count : (place + 1) * count]]
 
 
+def roll_out(policy, tokenizer, stop: list[int], problems: list, step: int, config, world):
+    """Steps 1-3 on this rank: its problems, `group_size` completions of each, and their rewards.
+
+    Returns the rollout of B rows (row b answers problem b // group_size), its completions as text, and rewards [B].
+    """
+    # 1 problems: this rank's part of the step's
+    drawn = step_problems(problems, step, count=config.prompts_per_step, seed=config.seed)
+    mine = [drawn[i] for i in world.share(len(drawn)) for _ in range(config.group_size)]
+
+    # 2 rollouts: rows are numbered over all ranks, so that their draws do not depend on the number of ranks
+    prompts = rollout.encode_prompts(tokenizer, [data.render(problem, config.prompt) for problem in mine])
+    rows = world.share(config.prompts_per_step * config.group_size)
+    with world.autocast():
+        sampled = rollout.sample(
+            policy, prompts, list(rows), stop=stop, max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature, seed=config.seed, step=step,
+            batch_size=config.rollout.batch_size, segment=config.rollout.segment,
+        )  # fmt: skip
+
+    # 3 rewards: one a completion
+    texts = rollout.decode(tokenizer, sampled)
+    rewards = [float(data.is_correct(problem, text)) for problem, text in zip(mine, texts)]
+    return sampled, texts, torch.tensor(rewards, device=world.device)
+
+
 def select(sampled: Rollout, advantages: Tensor, config, world, step: int) -> tuple[Tensor, Tensor, Tensor]:
     """Step 5: which tokens pay the penalty, decided on the flat valid tokens of the whole step, all ranks.
 
@@ -216,13 +240,12 @@ def step_metrics(completions: Tensor, tokens: Tensor, chosen: Tensor, group_size
 def train(config, keys: dict, folder: Path, problems: list, heldout: list, world) -> None:
     """The whole run: base evaluation, the steps, the trained evaluation, and everything under `folder`."""
     policy, tokenizer = rollout.load(toy.model_folder(config))
+    check_lengths(policy, tokenizer, problems + heldout, config)
     policy.to(world.device).train()  # dropout is off; train mode is what gradient checkpointing asks for
     if config.gradient_checkpointing:
         policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    stop = rollout.stop_ids(policy, tokenizer)
-    check_lengths(policy, tokenizer, problems + heldout, config)
     reference = None
-    if config.selection.strategy != "none":  # the frozen initial model
+    if config.selection.strategy != "none":  # pi_ref: the initial model, frozen
         reference = copy.deepcopy(policy).eval().requires_grad_(False)
     objective = Objective(policy, config, world.size)
     if torch.distributed.is_initialized():
@@ -230,15 +253,9 @@ def train(config, keys: dict, folder: Path, problems: list, heldout: list, world
         objective = DistributedDataParallel(objective, device_ids=device_ids, gradient_as_bucket_view=True)
     optimizer = make_optimizer(policy, config)
     start = checkpoint.load(folder, policy, optimizer) if config.resume else 0
+    stop = rollout.stop_ids(policy, tokenizer)
     say = tqdm.write if world.is_main else lambda text: None
-
-    rows = config.prompts_per_step * config.group_size
-    say(f"{folder}: {config.prompts_per_step} problems x {config.group_size} = {rows} completions a step on "
-        f"{world.size} rank(s) of {world.device.type}; {config.steps} steps = "
-        f"{config.steps * config.prompts_per_step / len(problems):.2f} epochs of {len(problems)} problems; "
-        f"{sum(p.numel() for p in policy.parameters()):,} parameters")
-    first_prompt = rollout.encode_prompts(tokenizer, [data.render(problems[0], config.prompt)])[0]
-    say(f"first prompt: {tokenizer.decode(first_prompt)!r}; stop ids: {stop}")
+    say(introduction(folder, policy, tokenizer, stop, problems, config, world))
     if world.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(yaml.safe_dump(configs.nest(keys), sort_keys=False))
@@ -248,10 +265,9 @@ def train(config, keys: dict, folder: Path, problems: list, heldout: list, world
         return evaluate.evaluate(policy, tokenizer, heldout, world, config, samples=samples, title=title)
 
     stored = folder / "base_evaluation.npz"
-    if start and stored.is_file():
+    if start:
+        configs.require(stored.is_file(), f"{stored} is missing: put it back, or start a run of another name=")
         base = evaluate.Evaluation.load(stored)
-    elif start:
-        raise configs.UserError(f"{folder} has a checkpoint but no base_evaluation.npz: give another name=")
     else:
         base = run_evaluation(config.evaluation.samples, "evaluation of the base model")
         if world.is_main:
@@ -262,24 +278,9 @@ def train(config, keys: dict, folder: Path, problems: list, heldout: list, world
                      disable=not world.is_main):  # fmt: skip
         clock = [time.perf_counter()]
 
-        # 1 problems: this rank's part of the step's
-        drawn = step_problems(problems, step, count=config.prompts_per_step, seed=config.seed)
-        mine = [drawn[i] for i in world.share(len(drawn)) for _ in range(config.group_size)]
-
-        # 2 rollouts: completions numbered over all ranks, so that their draws do not depend on the ranks
-        prompts = rollout.encode_prompts(tokenizer, [data.render(problem, config.prompt) for problem in mine])
-        with world.autocast():
-            sampled = rollout.sample(
-                policy, prompts, list(world.share(rows)), stop=stop, max_new_tokens=config.max_new_tokens,
-                temperature=config.temperature, seed=config.seed, step=step,
-                batch_size=config.rollout.batch_size, segment=config.rollout.segment,
-            )  # fmt: skip
+        # 1-3 problems, rollouts, rewards
+        sampled, texts, rewards = roll_out(policy, tokenizer, stop, problems, step, config, world)
         clock.append(time.perf_counter())
-
-        # 3 rewards
-        texts = rollout.decode(tokenizer, sampled)
-        rewards = torch.tensor([float(data.is_correct(problem, text)) for problem, text in zip(mine, texts)],
-                               device=world.device)  # fmt: skip
 
         # 4 advantages: groups are whole on a rank
         advantages = grpo.group_advantages(rewards, config.group_size, eps=config.grpo.advantage_eps)
@@ -301,18 +302,18 @@ def train(config, keys: dict, folder: Path, problems: list, heldout: list, world
         # 7 log, evaluate, save
         own = torch.stack([rewards, advantages, sampled.lengths.float(), sampled.stopped.float()], dim=1)
         metrics = {"step": step + 1, **step_metrics(distributed.gather(own), tokens, chosen, config.group_size)}
-        phases = dict(zip(("time/rollout", "time/select", "time/update"), np.diff(clock)))
-        metrics |= updated | phases | {"lr": rate, "mem_gb": memory(world)}
+        metrics |= updated | {"lr": rate, "mem_gb": memory(world)}
+        metrics |= zip(("time/rollout", "time/select", "time/update"), np.diff(clock).tolist())
         if config.evaluation.every and (step + 1) % config.evaluation.every == 0 and step + 1 < config.steps:
             metrics |= evaluation_metrics(run_evaluation(config.evaluation.samples_between, "evaluation"))
         if world.is_main:
+            log.metrics(metrics)
             if (step + 1) % config.log_every == 0 or step == 0:
                 say(f"step {step + 1}: reward {metrics['reward/mean']:.3f}, entropy {metrics['entropy']:.3f}, "
                     f"KL on selected {metrics['kl/selected']:.4f}, length {metrics['length/mean']:.1f}")
-                for row in (0, config.group_size):
-                    if row < len(texts):
-                        log.sample(step + 1, tokenizer.decode(prompts[row]), texts[row], rewards[row].item())
-            log.metrics(metrics)
+                for row in range(0, len(texts), config.group_size)[:2]:  # of two different problems
+                    prompt = tokenizer.decode(sampled.prompts[row])
+                    log.sample(step + 1, prompt, texts[row], rewards[row].item())
         if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
             checkpoint.save(folder, step + 1, policy, tokenizer, optimizer)
 
@@ -326,6 +327,17 @@ def train(config, keys: dict, folder: Path, problems: list, heldout: list, world
         (folder / "evaluation.json").write_text(json.dumps(table, indent=1) + "\n")
         say(f"\n{evaluate.format_table(table)}\n{evaluate.describe(trained)}\n\nwritten to {folder}/: config.yaml, "
             "metrics.jsonl (a line a step), samples.jsonl, evaluation.json, checkpoint/ (for resume=true), model/")
+
+
+def introduction(folder: Path, policy, tokenizer, stop: list[int], problems: list, config, world) -> str:
+    """What the run will do, in numbers, and what the model will see."""
+    first_prompt = rollout.encode_prompts(tokenizer, [data.render(problems[0], config.prompt)])[0]
+    completions = config.prompts_per_step * config.group_size
+    return (f"{folder}: {config.prompts_per_step} problems x {config.group_size} = {completions} completions a step, "
+            f"{completions // world.size} on each of {world.size} rank(s) of {world.device.type}; "
+            f"{config.steps} steps = {config.steps / (len(problems) // config.prompts_per_step):.2f} epochs of "
+            f"{len(problems)} problems; {sum(p.numel() for p in policy.parameters()):,} parameters\n"
+            f"first prompt: {tokenizer.decode(first_prompt)!r}; stop ids: {stop}")
 
 
 def evaluation_metrics(evaluation, base=None) -> dict[str, float]:
@@ -351,6 +363,8 @@ def check_lengths(policy, tokenizer, problems, config) -> None:
 def make_optimizer(policy, config):
     settings = {"lr": config.optimizer.lr, "weight_decay": config.optimizer.weight_decay}
     if config.optimizer.zero and torch.distributed.is_initialized():
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+
         return ZeroRedundancyOptimizer(policy.parameters(), torch.optim.AdamW, **settings)
     return torch.optim.AdamW(policy.parameters(), **settings)
 
@@ -361,7 +375,9 @@ def main(keys: dict) -> None:
     configs.require(config.selection.strategy in scope.STRATEGIES,
                     f"selection.strategy={config.selection.strategy}: give one of {words}")
     folder = checkpoint.run_folder(config, keys)
-    problems, heldout = data.training_problems(config), data.heldout_problems(config)
+    problems, heldout = data.training_problems(config), data.heldout_problems(
+        config.evaluation.data, config.evaluation.problems, vars(config.countdown)
+    )
     configs.require(len(problems) >= config.prompts_per_step,
                     f"prompts_per_step={config.prompts_per_step}: {config.data} has only {len(problems)} problems")
     world = distributed.setup()

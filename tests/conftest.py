@@ -6,6 +6,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 
 VOCABULARY = 40
 
+torch.set_num_threads(1)  # the tensors are tiny: more threads only wait for each other
+
 
 def tiny_model(architecture: str = "qwen2", *, seed: int = 0, spread: float = 1.5, **changes):
     """A random 2-layer model; `spread` scales the embeddings, so that its distributions are not flat."""

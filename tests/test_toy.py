@@ -72,8 +72,9 @@ def test_read_jsonl(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "line", ["{", "[1]", '{"numbers": [], "target": 1}', '{"numbers": [1.5], "target": 1}', '{"numbers": [true], "target": 1}',
-             '{"numbers": [1]}', '{"numbers": "12", "target": 1}', "[" * 5000],
+    "line",
+    ["{", "[1]", '{"numbers": [], "target": 1}', '{"numbers": [1.5], "target": 1}', "[" * 5000,
+     '{"numbers": [true], "target": 1}', '{"numbers": [1]}', '{"numbers": "12", "target": 1}'],
 )  # fmt: skip
 def test_bad_rows_name_file_and_line(tmp_path, line):
     file = tmp_path / "problems.jsonl"

@@ -1,0 +1,74 @@
+"""Steps 4-6 on made-up rewards, by as many ranks as torchrun starts: the mask and the gradient, saved by rank 0.
+
+    torchrun --nproc_per_node=2 tests/gradient_worker.py FOLDER     (used by test_train.py)
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from conftest import VOCABULARY, tiny_model
+from torch.nn.parallel import DistributedDataParallel
+
+import config as configs
+import distributed
+import grpo
+import rollout
+import train
+
+
+def step_gradient(world, *, rewards_of, micro_batch_size=4, logits_chunk=5, kl_coef=0.7, strategy="scope"):
+    """One step of 8 prompts x 4 completions: returns (mask of all ranks [N], gradient by parameter name)."""
+    keys = configs.override(configs.read_defaults(), [
+        "prompts_per_step=8", "group_size=4", f"selection.strategy={strategy}", f"selection.kl_coef={kl_coef}",
+        "selection.fraction=0.2", f"logits_chunk={logits_chunk}", "temperature=0.9", "optimizer.zero=false",
+    ])  # fmt: skip
+    config = configs.namespace(configs.nest(keys))
+    policy, reference = tiny_model(seed=0), tiny_model(seed=1)  # not equal: the penalty has a gradient
+    policy.train()
+    objective = train.Objective(policy, config, world.size)
+    if torch.distributed.is_initialized():
+        objective = DistributedDataParallel(objective)
+    generator = torch.Generator().manual_seed(3)
+    prompts = [torch.randint(2, VOCABULARY, (3 + i % 4,), generator=generator).tolist() for i in range(8)]
+    share = world.share(8)
+    rows = list(world.share(32))
+    sampled = rollout.sample(policy, [prompts[i] for i in share for _ in range(4)], rows, stop=[1, 5],
+                             max_new_tokens=16, temperature=0.9, seed=0, step=0)  # fmt: skip
+    advantages = grpo.group_advantages(rewards_of(sampled, rows), 4)
+    selected, tokens, chosen = train.select(sampled, advantages, config, world, step=0)
+    optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
+    batches = train.micro_batches(sampled, advantages, selected, reference, micro_batch_size)
+    figures = train.update(objective, optimizer, batches, num_tokens=len(tokens), num_selected=int(chosen.sum()),
+                           world=world, max_grad_norm=1e9)  # fmt: skip
+    gradient = {name: p.grad.clone() for name, p in policy.named_parameters()}
+    return chosen, gradient, figures
+
+
+def by_length(sampled, rows):
+    return sampled.lengths.float() + torch.tensor([float(row % 3) for row in rows])
+
+
+def only_first_half(sampled, rows):
+    """The groups of rank 1 of 2 all have equal rewards: with `scope` it has nothing to add."""
+    return by_length(sampled, rows) * torch.tensor([float(row < 16) for row in rows])
+
+
+def wrong(sampled, rows):
+    return torch.zeros(len(rows))
+
+
+SCENARIOS = {
+    "mixed": {"rewards_of": by_length, "micro_batch_size": 5},  # ranks differ in their number of micro-batches
+    "idle rank": {"rewards_of": only_first_half, "micro_batch_size": 3},
+    "all wrong": {"rewards_of": wrong},
+    "uniform": {"rewards_of": only_first_half, "strategy": "uniform"},
+}
+
+
+if __name__ == "__main__":
+    world = distributed.setup()
+    results = {name: step_gradient(world, **settings) for name, settings in SCENARIOS.items()}
+    if world.is_main:
+        torch.save(results, Path(sys.argv[1]) / f"{world.size}.pt")
+    distributed.shutdown()
