@@ -20,37 +20,37 @@ import data
 import distributed
 import grpo
 import rollout
+import step as steps
 import toy
-import train
 
 STRATEGIES = ("none", "scope", "all")
 
 
 def main(keys: dict) -> None:
     config = configs.namespace(configs.nest(keys))
-    problems, world = data.training_problems(config), distributed.setup()
+    (problems, _), world = data.training_problems(config), distributed.setup()
     policy, tokenizer = rollout.load(toy.model_folder(config))
     policy.to(world.device).train()
     if config.gradient_checkpointing:
         policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     stop = rollout.stop_ids(policy, tokenizer)
     reference = copy.deepcopy(policy).eval().requires_grad_(False)
-    objective = train.Objective(policy, config, world.size)
+    objective = steps.Objective(policy, config, world.size)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0, weight_decay=0.0)
     seconds: dict[str, list[float]] = {name: [] for name in ("rollout", *STRATEGIES)}
 
     for step in tqdm(range(config.steps + 1), desc="benchmark", unit="step"):
         started = clock(world)
-        sampled, _, rewards = train.roll_out(policy, tokenizer, stop, problems, step, config, world)
+        sampled, _, rewards, correct = steps.roll_out(policy, tokenizer, stop, problems, step, config, world)
         seconds["rollout"].append(clock(world) - started)
         advantages = grpo.group_advantages(rewards, config.group_size, eps=config.grpo.advantage_eps)
         for strategy in STRATEGIES if step % 2 else reversed(STRATEGIES):
             config.selection.strategy = strategy
             started = clock(world)
-            selected, tokens, chosen = train.select(sampled, advantages, config, world, step)
-            batches = train.micro_batches(sampled, advantages, selected, reference, config.micro_batch_size)
-            train.update(objective, optimizer, batches, num_tokens=len(tokens), num_selected=int(chosen.sum()),
-                         world=world, max_grad_norm=config.optimizer.max_grad_norm)  # fmt: skip
+            selection = steps.select(sampled, sampled.logprobs, advantages, config, seed=step)
+            batches = steps.micro_batches(sampled, advantages, correct, selection, reference, config, world)
+            steps.update(objective, optimizer, batches, selection, on_policy=True, world=world,
+                         max_grad_norm=config.optimizer.max_grad_norm)  # fmt: skip
             seconds[strategy].append(clock(world) - started)
 
     median = {name: float(np.median(times[1:])) for name, times in seconds.items()}  # the first step warms up

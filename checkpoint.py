@@ -23,7 +23,8 @@ def run_folder(config, keys: dict) -> Path:
     """runs/<name>, refused if another run is in it, or if `resume` would go on with other settings."""
     name = config.name
     if name == "auto":
-        name = f"{Path(config.data).stem}-{config.selection.strategy}-seed{config.seed}"
+        words = [Path(config.data).stem, config.reward, config.objective, config.selection.strategy]
+        name = "-".join([word for word in words if word not in ("accuracy", "grpo")] + [f"seed{config.seed}"])
     folder = Path("runs") / name
     stored = folder / "config.yaml"
     if config.resume:
@@ -40,20 +41,38 @@ def run_folder(config, keys: dict) -> Path:
     return folder
 
 
+def begin(folder: Path, keys: dict) -> None:
+    """Makes the folder with its config.yaml, whole or not at all; a resumed run keeps the one it has."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "config.yaml").exists():
+        replace_text(folder / "config.yaml", yaml.safe_dump(configs.nest(keys), sort_keys=False))
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a file so that a kill leaves the old text or the new."""
+    fresh = path.with_suffix(".tmp")
+    fresh.write_text(text)
+    fresh.rename(path)
+
+
 class Log:
     """metrics.jsonl and samples.jsonl, one JSON object a line.
 
-    Lines of steps after `start` were written by a run that was killed before it saved them: dropped.
+    Lines after step `start` were written by a run that was killed before it saved that step: dropped,
+    and with them a final evaluation, which is done again.
     """
 
     def __init__(self, folder: Path, start: int):
         self.folder = folder
         for path in (folder / "metrics.jsonl", folder / "samples.jsonl"):
             lines = path.read_text().splitlines(keepends=True) if start and path.exists() else []
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
-            fresh = path.with_suffix(".tmp")
-            fresh.write_text("".join(kept))
-            fresh.rename(path)
+            kept = [line for line in lines if line.endswith("\n") and self.stays(json.loads(line), start)]
+            replace_text(path, "".join(kept))
+
+    @staticmethod
+    def stays(row: dict, start: int) -> bool:
+        final = row["step"] > 0 and row.keys().isdisjoint({"loss", "completion"})
+        return row["step"] <= start and not final
 
     def metrics(self, row: dict) -> None:
         self._append("metrics.jsonl", row)

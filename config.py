@@ -6,6 +6,7 @@ Standard library and yaml only, so that a typo is told before torch is imported.
 import math
 import os
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +28,8 @@ def one_line_errors():
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(2)  # torchrun ends all ranks with the first: let rank 0 speak
         sys.exit(2)
 
 
@@ -128,6 +131,8 @@ def check(keys: dict) -> None:
     def bound(key, low, high=float("inf"), *, above=False):
         if key not in keys:
             return
+        require(type(keys[key]) in (int, float), f"{key}={keys[key]!r} in config.yaml is not a number: write floats "
+                                                 "with a point, 1.0e-6, for YAML reads 1e-6 as text")
         fits = math.isfinite(keys[key]) and (low < keys[key] if above else low <= keys[key]) and keys[key] <= high
         limits = f"{'above' if above else 'at least'} {low}" + (f" and at most {high}" if math.isfinite(high) else "")
         require(fits, f"{key}={keys[key]}: give a number {limits}")
@@ -135,20 +140,26 @@ def check(keys: dict) -> None:
     for key in ("steps", "prompts_per_step", "max_new_tokens", "micro_batch_size", "logits_chunk", "log_every",
                 "save_every", "rollout.batch_size", "rollout.segment", "evaluation.problems", "evaluation.samples",
                 "evaluation.samples_between", "problems", "samples", "countdown_problems", "countdown.largest",
+                "grpo.updates_per_rollout",
                 "toy.layers", "toy.hidden", "toy.heads", "toy.intermediate", "toy.updates", "toy.batch"):  # fmt: skip
         bound(key, 1)
-    for key in ("grpo.clip_low", "grpo.clip_high", "selection.kl_coef", "optimizer.lr", "optimizer.weight_decay",
-                "evaluation.every", "seed", "toy.seed"):  # fmt: skip
+    bound("seed", 0, 2**31 - 1)
+    for key in ("grpo.clip_low", "grpo.clip_high", "grpo.kl_coef", "grpo.entropy_coef", "selection.kl_coef", "div.coef",
+                "kl_cov.coef", "clip_cov.low", "optimizer.lr", "optimizer.weight_decay", "evaluation.every",
+                "toy.seed"):  # fmt: skip
         bound(key, 0)
     for key in ("temperature", "grpo.advantage_eps", "optimizer.max_grad_norm", "toy.lr"):
         bound(key, 0, above=True)
-    bound("selection.fraction", 0, 1)
+    for key in ("selection.fraction", "kl_cov.fraction", "clip_cov.fraction"):
+        bound(key, 0, 1)
     bound("optimizer.warmup", 0, 1)
     bound("countdown.numbers", 2, 6)
     require(keys["countdown.limit"] >= keys["countdown.largest"],
             f"countdown.limit={keys['countdown.limit']}: give at least countdown.largest={keys['countdown.largest']}")
-    require(keys["toy.hidden"] % (2 * keys["toy.heads"]) == 0,
-            f"toy.hidden={keys['toy.hidden']}: give a multiple of 2 x toy.heads ({keys['toy.heads']})")
+    heads = keys["toy.heads"]
+    require(heads == 1 or heads % 2 == 0, f"toy.heads={heads}: give an even number, or 1")
+    require(keys["toy.hidden"] % (2 * heads) == 0,
+            f"toy.hidden={keys['toy.hidden']}: give a multiple of {2 * heads}, twice toy.heads")
     if "steps" in keys:
         check_step(keys)
     for field in ("numbers", "target"):
@@ -165,14 +176,27 @@ def check(keys: dict) -> None:
 
 
 def check_step(keys: dict) -> None:
+    require(keys["name"] not in ("", ".", "..") and Path(keys["name"]).name == keys["name"],
+            f"name={keys['name']}: give one plain folder name; the run goes to runs/<name>/")
     require(keys["group_size"] >= 2, f"group_size={keys['group_size']}: give at least 2, for an advantage is a "
                                      "completion's distance from the others of its group")
-    require(keys["optimizer.schedule"] in ("cosine", "constant"),
-            f"optimizer.schedule={keys['optimizer.schedule']}: give cosine or constant")
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    require(keys["prompts_per_step"] % ranks == 0,
-            f"prompts_per_step={keys['prompts_per_step']} does not divide by the {ranks} ranks: "
-            f"give a multiple of {ranks}")
+    for key, words in (("grpo.normaliser", ("token", "sequence")), ("selection.kl", ("full", "k3")),
+                       ("optimizer.schedule", ("cosine", "constant"))):  # fmt: skip
+        require(keys[key] in words, f"{key}={keys[key]}: give {' or '.join(words)}")
+    require(0 < keys["forking_fraction"] < 1,
+            f"forking_fraction={keys['forking_fraction']}: give a share of the tokens above 0 and below 1")
+    require(keys["clip_cov.low"] < keys["clip_cov.high"],
+            f"clip_cov.low={keys['clip_cov.low']}: give less than clip_cov.high={keys['clip_cov.high']}")
+    require(keys["objective"] != "div" or keys["reward"] == "accuracy",
+            f"objective=div with reward={keys['reward']}: its diversity term is for correct completions, so it needs "
+            "reward=accuracy")
+    require(keys["selection.strategy"] == "none" or keys["selection.kl_coef"] > 0,
+            f"selection.kl_coef=0 with selection.strategy={keys['selection.strategy']}: the selected tokens would pay "
+            "nothing; give a positive kl_coef, or selection.strategy=none")
+    ranks, updates = int(os.environ.get("WORLD_SIZE", "1")), keys["grpo.updates_per_rollout"]
+    require(keys["prompts_per_step"] % (ranks * updates) == 0,
+            f"prompts_per_step={keys['prompts_per_step']} does not divide by the {ranks} ranks x {updates} updates per "
+            f"rollout: give a multiple of {ranks * updates}")
 
 
 def check_model(model: str) -> None:

@@ -62,7 +62,7 @@ def countdown(count: int, *, heldout: bool, numbers: int, largest: int, limit: i
 def read_jsonl(path: str) -> list[dict]:
     """Countdown problems from a JSONL file, one `{"numbers": [..], "target": n}` a line; errors name file and line."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"data: cannot read {path} ({error}): give `countdown` or a JSONL file") from None
     problems = []
@@ -94,11 +94,17 @@ def is_correct(problem: dict, text: str) -> bool:
     return solves_countdown(text, problem["numbers"], problem["target"])
 
 
-def training_problems(config) -> list[dict]:
-    """The problems of `data`: generated ones from the training side of the held-out split, or a file's."""
-    if config.data != "countdown":
-        return read_jsonl(config.data)
-    return countdown(config.countdown_problems, heldout=False, **vars(config.countdown))
+def training_problems(config) -> tuple[list[dict], int]:
+    """The problems of `data`: generated ones from the training side of the held-out split, or a file's.
+
+    Where the evaluation's problems are generated, a file's rows on their side of the split are left out;
+    their number comes second.
+    """
+    if config.data == "countdown":
+        return countdown(config.countdown_problems, heldout=False, **vars(config.countdown)), 0
+    problems = read_jsonl(config.data)
+    kept = [p for p in problems if config.evaluation.data != "auto" or not is_heldout(**p)]
+    return kept, len(problems) - len(kept)
 
 
 def heldout_problems(file: str, count: int, countdown_settings: dict) -> list[dict]:

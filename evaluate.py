@@ -119,9 +119,10 @@ def evaluate(model, tokenizer, problems, world, config, *, samples: int, title: 
                 batch_size=config.rollout.batch_size, segment=config.rollout.segment, progress=bar.update,
             )  # fmt: skip
     texts = rollout.decode(tokenizer, sampled)
-    correct = torch.tensor([data.is_correct(problems[row // samples], text) for row, text in zip(rows, texts)],
-                           dtype=torch.long, device=sampled.tokens.device)
-    table = distributed.gather(torch.stack([correct, sampled.lengths, sampled.stopped.long()], dim=1)).cpu().numpy()
+    verdicts = [data.is_correct(problems[row // samples], text) for row, text in zip(rows, texts)]
+    correct = torch.tensor(verdicts, dtype=torch.bool, device=world.device) & sampled.stopped  # truncated: wrong
+    columns = [correct.long(), sampled.lengths, sampled.stopped.long()]
+    table = distributed.gather(torch.stack(columns, dim=1)).cpu().numpy()
     correct, lengths, stopped = table.T.reshape(3, len(problems), samples)
     entropy = distributed.gather(sampled.entropy[sampled.mask]).cpu().numpy()
     return Evaluation(correct.astype(bool), lengths, stopped.astype(bool), entropy)

@@ -7,6 +7,7 @@ the token count of the whole step, so that a gradient does not depend on how the
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,9 +55,16 @@ def token_entropy(logits: Tensor, *, temperature: float) -> Tensor:
     return -(logprobs.exp() * logprobs).sum(dim=-1)
 
 
+def token_collision(logits: Tensor, *, temperature: float) -> Tensor:
+    """sum_v pi(v)^2 (log pi(v) + H), for scope.entropy_change_score.  [.., V] -> [..]"""
+    logprobs = torch.log_softmax(at_least_fp32(logits) / temperature, dim=-1)
+    entropy = -(logprobs.exp() * logprobs).sum(dim=-1, keepdim=True)
+    return ((2 * logprobs).exp() * (logprobs + entropy)).sum(dim=-1)
+
+
 def at_least_fp32(logits: Tensor) -> Tensor:
     """bf16 logits carry 8 bits: a log-softmax taken in them is off in the second digit."""
-    return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def policy_loss(
@@ -65,16 +73,98 @@ def policy_loss(
     """PPO's clipped loss of each token, to be minimised: -min(rho A, clip(rho, 1-clip_low, 1+clip_high) A).  [n] -> [n]
 
     rho = exp(logprobs - old_logprobs). With one update per rollout old_logprobs is logprobs.detach(): rho is
-    exactly 1, nothing clips, and the gradient is that of -A log p.
+    exactly 1, nothing clips, and the gradient is that of -A log p. clip_high > clip_low is DAPO's clip-higher.
     """
     advantages = advantages.detach()
-    ratio = torch.exp(logprobs - old_logprobs.detach())
-    return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
+    rho = ratio(logprobs, old_logprobs)
+    return -torch.minimum(rho * advantages, rho.clamp(1 - clip_low, 1 + clip_high) * advantages)
+
+
+def ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
+    """rho = pi / pi_old of sampled tokens; the gradient flows through pi only.  [n] -> [n]"""
+    return torch.exp(logprobs - old_logprobs.detach())
 
 
 def clipped(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, clip_low: float = 0.2, clip_high: float = 0.2
 ) -> Tensor:
     """Where the clip holds a token back (its policy_loss has no gradient).  [n] -> bool [n]"""
-    ratio = torch.exp(logprobs.detach() - old_logprobs)
-    return ((advantages > 0) & (ratio > 1 + clip_high)) | ((advantages < 0) & (ratio < 1 - clip_low))
+    rho = ratio(logprobs.detach(), old_logprobs)
+    return ((advantages > 0) & (rho > 1 + clip_high)) | ((advantages < 0) & (rho < 1 - clip_low))
+
+
+# ---------------------------------------------------------------- objectives: GRPO and its rivals
+
+
+class Tokens(NamedTuple):
+    """n valid tokens of a micro-batch, flat; everything but `logprobs` is data.
+
+    The normaliser is in the weights, so that an objective is a plain sum: 1 / N for the mean over the
+    step's tokens ("token"), 1 / (T_i B) for the mean over completions of their means ("sequence").
+    """
+
+    logprobs: Tensor
+    old_logprobs: Tensor
+    advantages: Tensor
+    weight: Tensor  # by the chosen normaliser
+    sequence_weight: Tensor  # 1 / (T_i B), for `div`
+    marked: Tensor  # bool, the tokens that the objective singles out
+    correct: Tensor  # bool, tokens of completions that earn the accuracy reward
+
+
+def grpo_objective(t: Tokens, *, clip_low: float, clip_high: float, coef: float) -> Tensor:
+    """Weighted sum of policy_loss.  Shao et al. 2024; `token` weights are DAPO's, `sequence` the original's"""
+    loss = policy_loss(t.logprobs, t.old_logprobs, t.advantages, clip_low=clip_low, clip_high=clip_high)
+    return (t.weight * loss).sum()
+
+
+def forking_rl_objective(t: Tokens, *, clip_low: float, clip_high: float, coef: float) -> Tensor:
+    """GRPO on the marked tokens only, those of highest entropy.  Wang et al. 2025, Eq. 6
+
+    The weights then count marked tokens (their v2): the mean over what is kept, not over all.
+    """
+    return grpo_objective(t._replace(weight=t.weight * t.marked), clip_low=clip_low, clip_high=clip_high, coef=coef)
+
+
+def div_objective(t: Tokens, *, clip_low: float, clip_high: float, coef: float) -> Tensor:
+    """GRPO + coef * mean over completions of 1[correct] (1/T_i) sum_t rho log pi.  Yao et al. 2025, Section 4
+
+    Minimising rho log pi on correct completions raises their entropy; both rho and log pi carry gradient.
+    """
+    diversity = t.sequence_weight * t.correct * ratio(t.logprobs, t.old_logprobs) * t.logprobs
+    return grpo_objective(t, clip_low=clip_low, clip_high=clip_high, coef=coef) + coef * diversity.sum()
+
+
+def kl_cov_objective(t: Tokens, *, clip_low: float, clip_high: float, coef: float) -> Tensor:
+    """-rho A, unclipped, + coef |log pi - log pi_old| on the marked tokens of highest covariance.  Cui et al. 2025
+
+    The penalty is to the *rollout* policy: with one update per rollout its gradient is 0.
+    """
+    drift = (t.logprobs - t.old_logprobs.detach()).abs()
+    return (t.weight * (-ratio(t.logprobs, t.old_logprobs) * t.advantages.detach() + coef * drift * t.marked)).sum()
+
+
+def clip_cov_objective(t: Tokens, *, clip_low: float, clip_high: float, coef: float) -> Tensor:
+    """GRPO without the marked tokens, a few of high covariance, and with the clip widened to 1.  Cui et al. 2025"""
+    return grpo_objective(t._replace(weight=t.weight * ~t.marked), clip_low=1.0, clip_high=1.0, coef=coef)
+
+
+# Each: (Tokens, *, clip_low, clip_high, coef) -> scalar loss, to be minimised.
+OBJECTIVES = {
+    "grpo": grpo_objective,
+    "forking_rl": forking_rl_objective,
+    "div": div_objective,
+    "kl_cov": kl_cov_objective,
+    "clip_cov": clip_cov_objective,
+}
+
+
+def clip_cov_tokens(
+    covariance: Tensor, clipped: Tensor, *, fraction: float, low: float, high: float, seed: int
+) -> Tensor:
+    """round(fraction * N) random tokens among those with low < C < high that are not clipped already.  -> bool [N]"""
+    order = torch.randperm(len(covariance), generator=torch.Generator().manual_seed(seed)).to(covariance.device)
+    candidates = (covariance > low) & (covariance < high) & ~clipped
+    marked = torch.zeros_like(candidates)
+    marked[order[candidates[order]][: round(fraction * len(covariance))]] = True
+    return marked

@@ -1,6 +1,12 @@
-"""Rewards: what a completion is worth. Verifiable rewards look at its text, never at the prompt."""
+"""Rewards: what a completion is worth, by a grader (RLVR) or by the model's own confidence (RLIF).
+
+RLVR's grader looks at the completion's text, never at the prompt. RLIF's rewards are read off what the sampler recorded
+of every drawn token; they carry no gradient and never see `correct`.
+"""
 
 import re
+
+from torch import Tensor
 
 _STEP = re.compile(r"\s*(-?\d{1,9})\s*([-+*/])\s*(-?\d{1,9})\s*=\s*(-?\d{1,9})\s*", re.ASCII)
 
@@ -34,3 +40,43 @@ def solves_countdown(text: str, numbers: list[int], target: int) -> bool:
             return False
         left.append(c)
     return left == [target]
+
+
+def accuracy(correct: Tensor, rollout) -> Tensor:
+    """1 for a correct completion, else 0: the verifiable reward.  [B]"""
+    return correct.float()
+
+
+def self_certainty(correct: Tensor, rollout) -> Tensor:
+    """Mean over tokens of KL(uniform || policy): Intuitor, Zhao et al. 2025.  [B]"""
+    return mean_over_tokens(rollout.self_certainty, rollout.mask)
+
+
+def token_entropy(correct: Tensor, rollout) -> Tensor:
+    """Minus the mean entropy of the policy over tokens: RENT, Prabhudesai et al. 2025.  [B]"""
+    return -mean_over_tokens(rollout.entropy, rollout.mask)
+
+
+def trajectory_likelihood(correct: Tensor, rollout) -> Tensor:
+    """sum_t log pi(y_t), a sum, so that short completions pay: EM-RL-sequence, Agarwal et al. 2025.  [B]"""
+    return (rollout.logprobs * rollout.mask).sum(dim=1)
+
+
+def trajectory_entropy(correct: Tensor, rollout) -> Tensor:
+    """-sum_t H_t, likewise a sum: EM-RL-token, Agarwal et al. 2025.  [B]"""
+    return -(rollout.entropy * rollout.mask).sum(dim=1)
+
+
+def mean_over_tokens(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of each row's valid tokens.  [B, C], bool [B, C] -> [B]"""
+    return (values * mask).sum(dim=1) / mask.sum(dim=1)
+
+
+# Each: (correct bool [B], rollout with [B, C] records) -> [B].
+REWARDS = {
+    "accuracy": accuracy,
+    "self_certainty": self_certainty,
+    "token_entropy": token_entropy,
+    "trajectory_likelihood": trajectory_likelihood,
+    "trajectory_entropy": trajectory_entropy,
+}

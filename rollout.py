@@ -56,27 +56,35 @@ def gumbel_noise(seed: int, step: int, rows: Tensor, position: int, vocabulary: 
     return -torch.log(-torch.log1p(-uniform))
 
 
+RECORDED = ("logprobs", "entropy", "self_certainty", "collision")
+
+
 class StatelessSampler(LogitsProcessor):
     """Draws the next token by the Gumbel-max trick and records the draw; `generate` only takes its argmax.
 
     argmax(z + Gumbel noise) is an exact sample of softmax(z). Per call it appends for its b rows: the
-    token, its log-probability, the entropy of the distribution (nats) and its self-certainty,
-    KL(uniform || policy) = -log V - mean_v log p_v (Zhao et al. 2025), all of softmax(logits / temperature).
+    token, its log-probability, the entropy of the distribution (nats), its self-certainty,
+    KL(uniform || policy) = -log V - mean_v log p_v (Zhao et al. 2025), and sum_v p_v^2 (log p_v + entropy),
+    which scope.entropy_change_score is made of; all of softmax(logits / temperature).
     """
 
     def __init__(self, rows: Tensor, position: int, *, seed: int, step: int, temperature: float):
         self.rows, self.position, self.seed, self.step, self.temperature = rows, position, seed, step, temperature
-        self.tokens, self.logprobs, self.entropy, self.self_certainty = [], [], [], []
+        self.tokens: list[Tensor] = []
+        self.record: dict[str, list[Tensor]] = {name: [] for name in RECORDED}
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         logprobs = torch.log_softmax(scores.float() / self.temperature, dim=-1)
         noise = gumbel_noise(self.seed, self.step, self.rows, self.position, logprobs.shape[-1])
         perturbed = logprobs + noise
         token = perturbed.argmax(dim=-1)
+        probs = logprobs.exp()
+        entropy = -(probs * logprobs).sum(dim=-1)
         self.tokens.append(token)
-        self.logprobs.append(logprobs.gather(1, token[:, None]).squeeze(1))
-        self.entropy.append(-(logprobs.exp() * logprobs).sum(dim=-1))
-        self.self_certainty.append(-logprobs.mean(dim=-1) - math.log(logprobs.shape[-1]))
+        self.record["logprobs"].append(logprobs.gather(1, token[:, None]).squeeze(1))
+        self.record["entropy"].append(entropy)
+        self.record["self_certainty"].append(-logprobs.mean(dim=-1) - math.log(logprobs.shape[-1]))
+        self.record["collision"].append((probs**2 * (logprobs + entropy[:, None])).sum(dim=-1))
         self.position += 1
         return perturbed
 
@@ -94,9 +102,13 @@ class Rollout:
     tokens: Tensor  # [B, C] int64
     mask: Tensor  # [B, C] bool
     stopped: Tensor  # [B] bool
-    logprobs: Tensor  # [B, C] float32, as are the next two
+    logprobs: Tensor  # [B, C] float32, as are the next three; see StatelessSampler
     entropy: Tensor
     self_certainty: Tensor
+    collision: Tensor
+
+    def __getitem__(self, rows: slice) -> "Rollout":
+        return Rollout(**{name: values[rows] for name, values in vars(self).items()})
 
     @property
     def lengths(self) -> Tensor:
@@ -127,7 +139,10 @@ def stop_ids(model, tokenizer) -> list[int]:
     """Every id that ends a completion: the model's eos list (one id or many) and the tokenizer's eos."""
     eos = model.generation_config.eos_token_id
     eos = eos if isinstance(eos, list) else [eos]
-    return sorted({i for i in [*eos, tokenizer.eos_token_id] if i is not None})
+    found = sorted({i for i in [*eos, tokenizer.eos_token_id] if i is not None})
+    if not found:
+        raise UserError("the model has no stop token: set eos_token_id in its generation_config.json")
+    return found
 
 
 def encode_prompts(tokenizer, texts: list[str]) -> list[list[int]]:
@@ -180,7 +195,7 @@ def sample(
     device = next(model.parameters()).device
     shape = (len(prompts), max_new_tokens)
     tokens = torch.zeros(shape, dtype=torch.long, device=device)
-    record = {name: torch.zeros(shape, device=device) for name in ("logprobs", "entropy", "self_certainty")}
+    record = {name: torch.zeros(shape, device=device) for name in RECORDED}
     stop_tensor = torch.tensor(stop, device=device)
     row_keys = torch.tensor(rows, dtype=torch.long, device=device)
 
@@ -203,7 +218,7 @@ def sample(
                 columns = slice(drawn, drawn + count)
                 tokens[alive, columns] = new
                 for name, values in record.items():
-                    values[alive, columns] = torch.stack(getattr(sampler, name)[:count], dim=1)
+                    values[alive, columns] = torch.stack(sampler.record[name][:count], dim=1)
                 drawn += count
                 # Finished rows leave: the rest goes on with its part of the cache.
                 going = (~torch.isin(new, stop_tensor).any(dim=1)).nonzero().squeeze(1)
@@ -234,7 +249,6 @@ def generation_config(max_new_tokens: int, stop: list[int]) -> GenerationConfig:
         do_sample=False,
         num_beams=1,
         temperature=1.0,
-        top_k=0,
         top_p=1.0,
         repetition_penalty=1.0,
         no_repeat_ngram_size=0,
@@ -272,15 +286,18 @@ def load(name: str):
     """
     try:
         # Not AutoTokenizer: that overrides the tokenizer of any Qwen2 folder, this one does as tokenizer.json says.
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(name)
-        shape = AutoConfig.from_pretrained(name)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(name, trust_remote_code=False)
+        shape = AutoConfig.from_pretrained(name, trust_remote_code=False)
         for field, value in vars(shape).items():
             if "dropout" in field and value:
                 setattr(shape, field, 0.0)  # a dropped unit at scoring time is a ratio other than 1
-        model = AutoModelForCausalLM.from_pretrained(name, config=shape, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(name, config=shape, dtype=torch.float32, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"model={name} cannot be loaded: {reason[:300]}") from None
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0  # configs that call it otherwise
     tokens = torch.arange(8)[None] % model.config.vocab_size
     with torch.no_grad():
         own = model.eval()(tokens).logits

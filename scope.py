@@ -25,72 +25,133 @@ def redistribution_score(probs: Tensor, advantages: Tensor) -> Tensor:
     return probs * (1 - probs) * advantages.clamp(min=0)
 
 
+def covariance_score(logprobs: Tensor, advantages: Tensor) -> Tensor:
+    """C = (log p - mean log p) (A - mean A), means over the step's tokens.  [N], [N] -> [N]  KL-Cov, Cui et al. 2025"""
+    return (logprobs - logprobs.mean()) * (advantages - advantages.mean())
+
+
+def entropy_change_score(logprobs: Tensor, entropy: Tensor, advantages: Tensor, collision: Tensor) -> Tensor:
+    """[-dH/eta]+: how fast a step of size eta along A (1[y] - pi) lowers the entropy at this token's context.
+
+    To first order dH = -eta A [p_y (log p_y + H) - sum_v pi(v)^2 (log pi(v) + H)]; `collision` is that sum. Unlike
+    p (1 - p) it is not symmetric: a rewarded token rarer than e^-H raises the entropy and scores 0.  All [N] -> [N]
+    """
+    return (advantages * (logprobs.exp() * (logprobs + entropy) - collision)).clamp(min=0)
+
+
+class Tokens(NamedTuple):
+    """The step's N valid tokens, flat: what a strategy may look at."""
+
+    logprobs: Tensor
+    entropy: Tensor
+    advantages: Tensor
+    collision: Tensor | None
+    forking: Tensor  # bool, the tokens of highest entropy
+
+
 def select_tokens(
-    strategy: str, *, fraction: float, logprobs: Tensor, entropy: Tensor, advantages: Tensor, seed: int
+    strategy: str,
+    *,
+    fraction: float,
+    logprobs: Tensor,
+    entropy: Tensor,
+    advantages: Tensor,
+    seed: int,
+    forking_fraction: float = 0.2,
+    collision: Tensor | None = None,
 ) -> Tensor:
     """Which of the step's N valid tokens pay the KL penalty.  [N], [N], [N] -> bool [N]
 
     The budget is K = round(fraction * N). Each strategy gives its tokens a priority and a candidate set;
-    the K candidates of highest priority are taken, or all of them if there are fewer. Ties are broken at
-    random by `seed`, and the same arguments always give the same mask.
+    the K candidates of highest priority are taken, or all of them if there are fewer. Ties, and with them
+    the strategies whose priority is constant, go at random by `seed`; the same arguments give the same mask.
+    Forking tokens are the `forking_fraction` of highest entropy; `collision` is for `entropy_change` only.
 
     One departure from Eq. 13: `s >= quantile` selects *every* token when fewer than q of them have s > 0
-    (the quantile is 0). Here only s > 0 can be selected, and the count is K exactly (METHODS: README).
+    (the quantile is then 0). Here only s > 0 can be selected, and the count is K exactly.
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"unknown strategy {strategy!r}: choose from {', '.join(STRATEGIES)}")
-    if not 0 <= fraction <= 1:
-        raise ValueError(f"fraction is {fraction}: give a share of the tokens, 0 to 1")
+    if not 0 <= fraction <= 1 or not 0 < forking_fraction < 1:
+        raise ValueError(f"fraction {fraction}, forking_fraction {forking_fraction}: give shares of the tokens, 0 to 1")
     if not logprobs.shape == entropy.shape == advantages.shape or logprobs.ndim != 1:
         raise ValueError(f"need flat vectors of one length, got logprobs {tuple(logprobs.shape)}, "
                          f"entropy {tuple(entropy.shape)}, advantages {tuple(advantages.shape)}")
-    priority, candidate = STRATEGIES[strategy](logprobs.detach(), entropy.detach(), advantages.detach())
-    budget = logprobs.numel() if strategy == "all" else round(fraction * logprobs.numel())
+    if strategy == "entropy_change" and collision is None:
+        raise ValueError("entropy_change needs collision, sum_v pi(v)^2 (log pi(v) + H) at each token")
+    logprobs, entropy, advantages = logprobs.detach(), entropy.detach(), advantages.detach()
+    n = logprobs.numel()
+    # One random order of the tokens; stable sorts keep it among equals. On CPU: one stream for all devices.
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).to(logprobs.device)
+    everyone = torch.ones_like(logprobs, dtype=torch.bool)
+    forking = top_k(entropy, everyone, round(forking_fraction * n), order)
+    priority, candidates = STRATEGIES[strategy](Tokens(logprobs, entropy, advantages, collision, forking))
+    return top_k(priority, candidates, n if strategy == "all" else round(fraction * n), order)
 
-    # A stable sort of shuffled tokens: equal priorities stay in random order. CPU: one stream for all devices.
-    shuffle = torch.randperm(logprobs.numel(), generator=torch.Generator().manual_seed(seed)).to(logprobs.device)
-    shuffle = shuffle[candidate[shuffle]]
-    best = shuffle[priority[shuffle].sort(descending=True, stable=True).indices[:budget]]
-    selected = torch.zeros_like(candidate)
-    selected[best] = True
+
+def top_k(priority: Tensor, candidates: Tensor, k: int, order: Tensor) -> Tensor:
+    """The k candidates of highest priority, equals in the given order.  [N], bool [N], [N] -> bool [N]"""
+    order = order[candidates[order]]
+    selected = torch.zeros_like(candidates)
+    selected[order[priority[order].sort(descending=True, stable=True).indices[:k]]] = True
     return selected
 
 
-def _scope(logprobs, entropy, advantages):
-    score = redistribution_score(logprobs.exp(), advantages)
+def at_random(candidates: Tensor) -> tuple[Tensor, Tensor]:
+    """Equal priorities: the random order decides."""
+    return torch.zeros(candidates.shape, device=candidates.device), candidates
+
+
+def positive(score: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest scores, among those above 0."""
     return score, score > 0
 
 
-def _uniform(logprobs, entropy, advantages):
-    return torch.zeros_like(logprobs), torch.ones_like(logprobs, dtype=torch.bool)
+def sampled_geometry(t: Tokens) -> Tensor:
+    """p (1 - p) of the sampled tokens."""
+    return t.logprobs.exp() * (1 - t.logprobs.exp())
 
 
-def _none(logprobs, entropy, advantages):
-    return torch.zeros_like(logprobs), torch.zeros_like(logprobs, dtype=torch.bool)
-
-
-# Each: (logprobs, entropy, advantages), all [N] -> (priority [N], candidate bool [N]).
+# Each: Tokens -> (priority [N], candidates bool [N]). The paper's Table 1, and its two anchors:
 STRATEGIES = {
-    "none": _none,  # plain GRPO
-    "uniform": _uniform,  # K tokens at random
-    "scope": _scope,  # the K largest redistribution scores among s > 0
-    "all": _uniform,  # every token, whatever `fraction` says: the dense penalty
+    "none": lambda t: at_random(torch.zeros_like(t.forking)),  # plain GRPO
+    "uniform": lambda t: at_random(torch.ones_like(t.forking)),
+    "positive": lambda t: at_random(t.advantages > 0),
+    "forking": lambda t: at_random(t.forking),
+    "forking_positive": lambda t: at_random(t.forking & (t.advantages > 0)),
+    "non_forking": lambda t: at_random(~t.forking),
+    "covariance": lambda t: (covariance_score(t.logprobs, t.advantages), torch.ones_like(t.forking)),
+    "scope": lambda t: positive(redistribution_score(t.logprobs.exp(), t.advantages)),
+    "all": lambda t: at_random(torch.ones_like(t.forking)),  # every token, whatever `fraction` says
+    # Beyond the paper: the exact entropy change, and the score taken apart.
+    "entropy_change": lambda t: positive(entropy_change_score(t.logprobs, t.entropy, t.advantages, t.collision)),
+    "geometry": lambda t: positive(sampled_geometry(t)),  # p (1 - p) alone
+    "advantage": lambda t: positive(t.advantages),  # [A]+ alone
+    "magnitude": lambda t: positive(sampled_geometry(t) * t.advantages.abs()),  # p (1 - p) |A|, sign-blind
 }
 
 
-def kl_divergence(logits: Tensor, reference_logits: Tensor) -> Tensor:
+def kl_divergence(logits: Tensor, reference_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
     """Full-vocabulary D = KL(policy || reference) at each position, nats.  [.., V], [.., V] -> [..]  Eq. 14
 
     Over the whole vocabulary, not the sampled token: the choice of a token depends on which token was
-    sampled, and an estimate from that same sample (k3) is then biased. fp32 or better. The gradient with
-    respect to logit v is pi(v) (log pi(v)/pi_ref(v) - D); the reference gets none.
+    sampled, and an estimate from that same sample (k3) is then biased. The gradient with respect to
+    logit v is pi(v) (log pi(v)/pi_ref(v) - D) / temperature; the reference gets none. bf16 logits are taken to fp32.
     """
-    low = (torch.bfloat16, torch.float16)
-    logits = logits.float() if logits.dtype in low else logits
-    reference_logits = reference_logits.float() if reference_logits.dtype in low else reference_logits
-    logp = torch.log_softmax(logits, dim=-1)
-    log_ref = torch.log_softmax(reference_logits.detach(), dim=-1)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    logp = torch.log_softmax(logits.to(wide) / temperature, dim=-1)
+    log_ref = torch.log_softmax(reference_logits.detach().to(wide) / temperature, dim=-1)
     return (logp.exp() * (logp - log_ref)).sum(dim=-1)
+
+
+def k3(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
+    """exp(d) - d - 1 with d = log pi_ref(y) - log pi(y), of sampled tokens: Schulman's one-sample estimate.  [n] -> [n]
+
+    Its mean over y ~ pi is KL(pi || pi_ref), but the mean of its gradient is that of the *other* direction,
+    KL(pi_ref || pi); and on tokens selected by what was sampled not even the mean is right.
+    """
+    difference = reference_logprobs.detach() - logprobs
+    return difference.exp() - difference - 1
 
 
 # ------------------------------------------- where the score comes from: Section 3.2 and Appendix A

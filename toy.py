@@ -11,6 +11,7 @@ import os
 import random
 import shutil
 import time
+import zlib
 from pathlib import Path
 
 import torch
@@ -53,23 +54,28 @@ def model_folder(config) -> str:
     """The folder or hub name to load: config.model, or for `toy` the base model, made by rank 0 if need be."""
     if config.model != "toy":
         return config.model
-    folder = Path("runs/toy-base")
+    settings = {"prompt": config.prompt, "countdown": vars(config.countdown), "toy": vars(config.toy)}
+    folder = Path("runs") / f"toy-base-{zlib.crc32(make_recipe(**settings).encode()):08x}"
     if distributed.rank() == 0:
-        base_model(folder, prompt=config.prompt, countdown=vars(config.countdown), toy=vars(config.toy))
+        base_model(folder, **settings)
     distributed.barrier()
     return str(folder)
 
 
+def make_recipe(*, prompt: str, countdown: dict, toy: dict) -> str:
+    """Everything that makes the base model what it is, as text; with samples of its data, so that a change
+    to the problem generator is a change of the recipe too."""
+    examples = chains(3, random.Random(toy["seed"]), prompt=prompt, countdown=countdown)
+    return json.dumps({"prompt": prompt, "countdown": countdown, "toy": toy, "examples": examples}, indent=1)
+
+
 def base_model(folder: Path, *, prompt: str, countdown: dict, toy: dict) -> Path:
-    """The folder of the base model made by these settings: as it stands if it is there, else trained now.
+    """The base model made by these settings in `folder`: as it stands if it is there, else trained now.
 
     It is complete or absent: training ends in a temporary folder that is renamed, and recipe.json,
-    compared here, is part of it. The recipe holds samples of the text, so that a change to the problem
-    generator counts as a change too.
+    compared here, is written last.
     """
-    recipe = {"prompt": prompt, "countdown": countdown, "toy": toy,
-              "examples": chains(3, random.Random(toy["seed"]), prompt=prompt, countdown=countdown)}
-    recipe = json.dumps(recipe, indent=1)
+    recipe = make_recipe(prompt=prompt, countdown=countdown, toy=toy)
     stored = folder / "recipe.json"
     if stored.is_file() and stored.read_text() == recipe:
         return folder
@@ -78,6 +84,7 @@ def base_model(folder: Path, *, prompt: str, countdown: dict, toy: dict) -> Path
     model.save_pretrained(unfinished)
     tokenizer.save_pretrained(unfinished)
     (unfinished / "recipe.json").write_text(recipe)
+    stored.unlink(missing_ok=True)  # first, so that a kill while deleting leaves no folder that looks whole
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.rename(folder)
     return folder
@@ -97,7 +104,7 @@ def warm_start(*, prompt: str, countdown: dict, layers: int, hidden: int, heads:
     ))  # fmt: skip
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.1)
     rng = random.Random(seed)
-    bar = tqdm(range(updates), desc="warm start of the toy base model", unit="update")
+    bar = tqdm(range(updates), desc="warm start of the toy base model", unit="update", mininterval=0.5)
     for update in bar:
         pairs = chains(batch, rng, prompt=prompt, countdown=countdown)
         prompts = tokenizer([p for p, _ in pairs]).input_ids
@@ -117,6 +124,6 @@ def warm_start(*, prompt: str, countdown: dict, layers: int, hidden: int, heads:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        bar.set_postfix(loss=f"{loss.item():.3f}")
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     tqdm.write(f"toy base model: {updates} updates in {time.time() - started:.0f} s")
     return model.eval(), tokenizer

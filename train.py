@@ -21,15 +21,9 @@ import json
 import math
 import resource
 import time
-from collections.abc import Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-import yaml
-from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -38,110 +32,11 @@ import data
 import distributed
 import evaluate
 import grpo
+import rewards
 import rollout
 import scope
+import step as steps
 import toy
-from rollout import Rollout, hidden_states
-
-
-class Objective(torch.nn.Module):
-    """The loss of one micro-batch, as a module so that DDP sees every use of a weight in its forward.
-
-    Both terms are sums over the micro-batch divided by counts over the whole step on all ranks (step 6),
-    times the world size, for DDP averages gradients: however a step is cut up, its gradient is the same.
-    """
-
-    def __init__(self, policy, config, world_size: int):
-        super().__init__()
-        self.policy, self.config, self.world_size = policy, config, world_size
-
-    def forward(self, batch, num_tokens: int, num_selected: int):
-        config, head = self.config, self.policy.get_output_embeddings()
-        hidden = hidden_states(self.policy, batch.tokens)[batch.predicts]  # [n, hidden size]
-
-        def logprobs_of(hidden, targets):
-            return grpo.token_logprobs(head(hidden), targets, temperature=config.temperature)
-
-        def divergence(hidden, reference_hidden):
-            logits, reference_logits = head(hidden), batch.reference_head(reference_hidden)
-            return scope.kl_divergence(logits / config.temperature, reference_logits / config.temperature)
-
-        logprobs = grpo.in_chunks(logprobs_of, hidden, batch.targets, size=config.logits_chunk)
-        # One update per rollout: the policy is still the one that sampled, so the old log-probability is this one.
-        old_logprobs, clip = logprobs.detach(), {"clip_low": config.grpo.clip_low, "clip_high": config.grpo.clip_high}
-        loss = grpo.policy_loss(logprobs, old_logprobs, batch.advantages, **clip).sum() / num_tokens
-        kl = torch.zeros((), device=loss.device)
-        if batch.selected.any():
-            kl = grpo.in_chunks(divergence, hidden[batch.selected], batch.reference_hidden, size=config.logits_chunk)
-            kl = kl.sum() / num_selected
-            loss = loss + config.selection.kl_coef * kl
-        clip_frac = grpo.clipped(logprobs, old_logprobs, batch.advantages, **clip).sum() / num_tokens
-        drift = (logprobs.detach() - batch.sampled_logprobs).abs().sum() / num_tokens
-        return loss * self.world_size, torch.stack([loss.detach(), kl.detach(), clip_frac, drift])
-
-
-@dataclass
-class MicroBatch:
-    """Some rows of this rank's rollout, packed (rollout.Rollout.pack); n valid completion tokens, flat."""
-
-    tokens: Tensor  # [b, T]
-    predicts: Tensor  # [b, T] bool, n of them
-    targets: Tensor  # [n]
-    sampled_logprobs: Tensor  # [n], recorded by the sampler
-    advantages: Tensor  # [n]
-    selected: Tensor  # [n] bool
-    reference_hidden: Tensor | None  # [selected, hidden size], where any is selected
-    reference_head: torch.nn.Module | None
-
-
-def micro_batches(rollout: Rollout, advantages, selected, reference, size: int) -> Iterator[tuple[MicroBatch, bool]]:
-    """This rank's share of the step in micro-batches of rows of similar length, and whether it is the last.
-
-    Rows with neither an advantage nor a selected token are left out: their gradient is exactly 0. At
-    least one micro-batch comes, whatever is left: every rank has to take part in DDP's one synchronised
-    backward. The reference model runs only on rows that hold a selected token.
-    """
-    matters = (advantages != 0) | selected.any(dim=1)
-    rows = matters.nonzero().squeeze(1).tolist() or [0]
-    lengths = rollout.lengths.tolist()
-    rows.sort(key=lambda row: (len(rollout.prompts[row]) + lengths[row], row))
-    for first in range(0, len(rows), size):
-        part = rows[first : first + size]
-        mask, chosen = rollout.mask[part], selected[part]
-        tokens, predicts = rollout.pack(part)
-        reference_hidden = head = None
-        held = chosen.any(dim=1)
-        if held.any():
-            with torch.no_grad():
-                hidden = hidden_states(reference, tokens[held])[predicts[held]]
-            reference_hidden = hidden[chosen[held][mask[held]]]
-            head = reference.get_output_embeddings()
-        yield MicroBatch(
-            tokens, predicts, rollout.tokens[part][mask], rollout.logprobs[part][mask],
-            advantages[part][:, None].expand_as(mask)[mask], chosen[mask], reference_hidden, head,
-        ), first + size >= len(rows)  # fmt: skip
-
-
-def update(objective, optimizer, batches, *, num_tokens, num_selected, world, max_grad_norm) -> dict[str, float]:
-    """Step 6: one optimizer step from the gradient of all micro-batches of all ranks."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    optimizer.zero_grad(set_to_none=True)
-    sums = torch.zeros(4, device=world.device)
-    for batch, is_last in batches:
-        alone = objective.no_sync() if hasattr(objective, "no_sync") and not is_last else nullcontext()
-        with alone:
-            with world.autocast():
-                loss, parts = objective(batch, num_tokens, num_selected)
-            loss.backward()
-        sums += parts
-    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-    loss, kl, clip_frac, drift = distributed.total(sums).tolist()
-    if math.isfinite(grad_norm):
-        optimizer.step()
-    else:  # the same on every rank: gradients are averaged before this point
-        tqdm.write(f"warning: the gradient is not finite ({grad_norm}); this update is skipped")
-    return {"loss": loss, "grad_norm": float(grad_norm), "clip_frac": clip_frac, "kl/selected": kl,
-            "logprob_drift": drift}  # fmt: skip
 
 
 def learning_rate(step: int, *, steps: int, lr: float, schedule: str, warmup: float) -> float:
@@ -154,89 +49,6 @@ def learning_rate(step: int, *, steps: int, lr: float, schedule: str, warmup: fl
     return lr * 0.5 * (1 + math.cos(math.pi * (step - rising) / (steps - rising)))
 
 
-def step_problems(problems: list, step: int, *, count: int, seed: int) -> list:
-    """The problems of a step: a new order each epoch, a pure function of (seed, epoch); the remainder is dropped."""
-    per_epoch = len(problems) // count
-    epoch, place = divmod(step, per_epoch)
-    order = np.random.default_rng([seed, epoch]).permutation(len(problems))
-    return [problems[i] for i in order[place * count : (place + 1) * count]]
-
-
-def roll_out(policy, tokenizer, stop: list[int], problems: list, step: int, config, world):
-    """Steps 1-3 on this rank: its problems, `group_size` completions of each, and their rewards.
-
-    Returns the rollout of B rows (row b answers problem b // group_size), its completions as text, and rewards [B].
-    """
-    # 1 problems: this rank's part of the step's
-    drawn = step_problems(problems, step, count=config.prompts_per_step, seed=config.seed)
-    mine = [drawn[i] for i in world.share(len(drawn)) for _ in range(config.group_size)]
-
-    # 2 rollouts: rows are numbered over all ranks, so that their draws do not depend on the number of ranks
-    prompts = rollout.encode_prompts(tokenizer, [data.render(problem, config.prompt) for problem in mine])
-    rows = world.share(config.prompts_per_step * config.group_size)
-    with world.autocast():
-        sampled = rollout.sample(
-            policy, prompts, list(rows), stop=stop, max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature, seed=config.seed, step=step,
-            batch_size=config.rollout.batch_size, segment=config.rollout.segment,
-        )  # fmt: skip
-
-    # 3 rewards: one a completion
-    texts = rollout.decode(tokenizer, sampled)
-    rewards = [float(data.is_correct(problem, text)) for problem, text in zip(mine, texts)]
-    return sampled, texts, torch.tensor(rewards, device=world.device)
-
-
-def select(sampled: Rollout, advantages: Tensor, config, world, step: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Step 5: which tokens pay the penalty, decided on the flat valid tokens of the whole step, all ranks.
-
-    Returns this rank's selection [B, C], and for all ranks the tokens' (log p, entropy, advantage) [N, 3]
-    and the selection [N].
-    """
-    mask = sampled.mask
-    token_advantages = advantages[:, None].expand_as(mask)
-    own = torch.stack([sampled.logprobs[mask], sampled.entropy[mask], token_advantages[mask]], dim=1)
-    everyone = distributed.gather(own)
-    logprobs, entropy, token_advantages = everyone.unbind(dim=1)
-    chosen = scope.select_tokens(
-        config.selection.strategy, fraction=config.selection.fraction,
-        logprobs=logprobs, entropy=entropy, advantages=token_advantages, seed=config.seed * 1_000_003 + step,
-    )  # fmt: skip
-    counts = distributed.gather(torch.tensor([len(own)], device=world.device)).tolist()
-    selected = torch.zeros_like(mask)
-    selected[mask] = chosen.split(counts)[world.rank]
-    return selected, everyone, chosen
-
-
-def step_metrics(completions: Tensor, tokens: Tensor, chosen: Tensor, group_size: int) -> dict[str, float]:
-    """Figures of a whole step, over all ranks.
-
-    completions [B, 4]: reward, advantage, length, stopped. tokens [N, 3]: log p, entropy, advantage. chosen [N].
-    """
-    rewards, advantages, lengths, stopped = completions.unbind(dim=1)
-    logprobs, entropy, token_advantages = tokens.unbind(dim=1)
-    groups = rewards.view(-1, group_size)
-    figures = {
-        "reward/mean": rewards.mean(),
-        "group/frac_zero_std": (groups.amax(dim=1) == groups.amin(dim=1)).float().mean(),
-        "advantage/min": advantages.min(),
-        "advantage/max": advantages.max(),
-        "length/mean": lengths.mean(),
-        "length/frac_truncated": 1 - stopped.mean(),
-        "entropy": entropy.mean(),
-        "tokens": len(tokens),
-        "selection/fraction": chosen.float().mean(),
-        "selection/candidates": (scope.redistribution_score(logprobs.exp(), token_advantages) > 0).float().mean(),
-    }
-    if chosen.any():
-        figures |= {
-            "selection/p": logprobs[chosen].exp().mean(),
-            "selection/advantage": token_advantages[chosen].mean(),
-            "selection/entropy": entropy[chosen].mean(),
-        }
-    return {name: float(value) for name, value in figures.items()}
-
-
 def train(config, keys: dict, folder: Path, problems: list, heldout: list, world) -> None:
     """The whole run: base evaluation, the steps, the trained evaluation, and everything under `folder`."""
     policy, tokenizer = rollout.load(toy.model_folder(config))
@@ -245,9 +57,9 @@ def train(config, keys: dict, folder: Path, problems: list, heldout: list, world
     if config.gradient_checkpointing:
         policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     reference = None
-    if config.selection.strategy != "none":  # pi_ref: the initial model, frozen
+    if config.selection.strategy != "none" or config.grpo.kl_coef > 0:  # pi_ref: the initial model, frozen
         reference = copy.deepcopy(policy).eval().requires_grad_(False)
-    objective = Objective(policy, config, world.size)
+    objective = steps.Objective(policy, config, world.size)
     if torch.distributed.is_initialized():
         device_ids = [world.device.index] if world.device.type == "cuda" else None
         objective = DistributedDataParallel(objective, device_ids=device_ids, gradient_as_bucket_view=True)
@@ -257,18 +69,14 @@ def train(config, keys: dict, folder: Path, problems: list, heldout: list, world
     say = tqdm.write if world.is_main else lambda text: None
     say(introduction(folder, policy, tokenizer, stop, problems, config, world))
     if world.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(yaml.safe_dump(configs.nest(keys), sort_keys=False))
+        checkpoint.begin(folder, keys)
         log = checkpoint.Log(folder, start)
 
     def run_evaluation(samples: int, title: str):
         return evaluate.evaluate(policy, tokenizer, heldout, world, config, samples=samples, title=title)
 
     stored = folder / "base_evaluation.npz"
-    if start:
-        configs.require(stored.is_file(), f"{stored} is missing: put it back, or start a run of another name=")
-        base = evaluate.Evaluation.load(stored)
-    else:
+    if not start:
         base = run_evaluation(config.evaluation.samples, "evaluation of the base model")
         if world.is_main:
             base.save(stored)
@@ -276,44 +84,59 @@ def train(config, keys: dict, folder: Path, problems: list, heldout: list, world
 
     for step in tqdm(range(start, config.steps), desc="training", initial=start, total=config.steps, unit="step",
                      disable=not world.is_main):  # fmt: skip
-        clock = [time.perf_counter()]
+        times = dict.fromkeys(("time/rollout", "time/select", "time/update"), -time.perf_counter())
 
         # 1-3 problems, rollouts, rewards
-        sampled, texts, rewards = roll_out(policy, tokenizer, stop, problems, step, config, world)
-        clock.append(time.perf_counter())
+        sampled, texts, rewarded, correct = steps.roll_out(policy, tokenizer, stop, problems, step, config, world)
+        times["time/rollout"] += time.perf_counter()
+        times["time/select"] = times["time/update"] = 0.0
 
         # 4 advantages: groups are whole on a rank
-        advantages = grpo.group_advantages(rewards, config.group_size, eps=config.grpo.advantage_eps)
+        advantages = grpo.group_advantages(rewarded, config.group_size, eps=config.grpo.advantage_eps)
 
-        # 5 selection
-        selected, tokens, chosen = select(sampled, advantages, config, world, step)
-        clock.append(time.perf_counter())
-
-        # 6 update
         rate = learning_rate(step, steps=config.steps, lr=config.optimizer.lr, schedule=config.optimizer.schedule,
                              warmup=config.optimizer.warmup)  # fmt: skip
         for group in optimizer.param_groups:
             group["lr"] = rate
-        batches = micro_batches(sampled, advantages, selected, reference, config.micro_batch_size)
-        updated = update(objective, optimizer, batches, num_tokens=len(tokens), num_selected=int(chosen.sum()),
-                         world=world, max_grad_norm=config.optimizer.max_grad_norm)  # fmt: skip
-        clock.append(time.perf_counter())
+
+        updates, history = config.grpo.updates_per_rollout, []
+        for part in range(updates):  # each update learns from its own part of the problems; usually there is one
+            started = time.perf_counter()
+            rows = slice(part * len(texts) // updates, (part + 1) * len(texts) // updates)
+            own, on_policy = sampled[rows], part == 0
+
+            # 5 selection, from the record of the policy as it is now
+            current = own if on_policy else steps.rescore(policy, own, config, world)
+            seed = (config.seed * 1_000_003 + step) * updates + part
+            selection = steps.select(current, own.logprobs, advantages[rows], config, seed)
+            selected = time.perf_counter()
+
+            # 6 update
+            batches = steps.micro_batches(own, advantages[rows], correct[rows], selection, reference, config, world)
+            figures = steps.update(objective, optimizer, batches, selection, on_policy=on_policy, world=world,
+                                   max_grad_norm=config.optimizer.max_grad_norm)  # fmt: skip
+            history.append(figures | steps.selection_metrics(selection.tokens, config))
+            times["time/select"] += selected - started
+            times["time/update"] += time.perf_counter() - selected
 
         # 7 log, evaluate, save
-        own = torch.stack([rewards, advantages, sampled.lengths.float(), sampled.stopped.float()], dim=1)
-        metrics = {"step": step + 1, **step_metrics(distributed.gather(own), tokens, chosen, config.group_size)}
-        metrics |= updated | {"lr": rate, "mem_gb": memory(world)}
-        metrics |= zip(("time/rollout", "time/select", "time/update"), np.diff(clock).tolist())
+        metrics = {"step": step + 1}
+        metrics |= steps.rollout_metrics(sampled, rewarded, correct, advantages, config.group_size)
+        metrics |= mean_of(history) | {"lr": rate, "mem_gb": memory(world), **times}
         if config.evaluation.every and (step + 1) % config.evaluation.every == 0 and step + 1 < config.steps:
             metrics |= evaluation_metrics(run_evaluation(config.evaluation.samples_between, "evaluation"))
         if world.is_main:
             log.metrics(metrics)
             if (step + 1) % config.log_every == 0 or step == 0:
-                say(f"step {step + 1}: reward {metrics['reward/mean']:.3f}, entropy {metrics['entropy']:.3f}, "
-                    f"KL on selected {metrics['kl/selected']:.4f}, length {metrics['length/mean']:.1f}")
+                say(f"step {step + 1}: reward {metrics['reward/mean']:.3f}, accuracy {metrics['reward/accuracy']:.3f}, "
+                    f"entropy {metrics['entropy']:.3f}, KL on selected {metrics['kl/selected']:.4f}, "
+                    f"length {metrics['length/mean']:.1f}")
+                if metrics["length/frac_truncated"] > 0.5:
+                    say(f"  warning: {metrics['length/frac_truncated']:.0%} of the completions are truncated and earn "
+                        f"nothing: raise max_new_tokens={config.max_new_tokens}, or see README on stop ids")
                 for row in range(0, len(texts), config.group_size)[:2]:  # of two different problems
                     prompt = tokenizer.decode(sampled.prompts[row])
-                    log.sample(step + 1, prompt, texts[row], rewards[row].item())
+                    log.sample(step + 1, prompt, texts[row], rewarded[row].item())
         if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
             checkpoint.save(folder, step + 1, policy, tokenizer, optimizer)
 
@@ -322,6 +145,7 @@ def train(config, keys: dict, folder: Path, problems: list, heldout: list, world
         with checkpoint.replaced(folder / "model") as unfinished:
             policy.save_pretrained(unfinished)
             tokenizer.save_pretrained(unfinished)
+        base = evaluate.Evaluation.load(stored)
         log.metrics({"step": config.steps, **evaluation_metrics(trained, base)})
         table = {"base": base.summary(base), "trained": trained.summary(base)}
         (folder / "evaluation.json").write_text(json.dumps(table, indent=1) + "\n")
@@ -338,6 +162,13 @@ def introduction(folder: Path, policy, tokenizer, stop: list[int], problems: lis
             f"{config.steps} steps = {config.steps / (len(problems) // config.prompts_per_step):.2f} epochs of "
             f"{len(problems)} problems; {sum(p.numel() for p in policy.parameters()):,} parameters\n"
             f"first prompt: {tokenizer.decode(first_prompt)!r}; stop ids: {stop}")
+
+
+def mean_of(rows: list[dict[str, float]]) -> dict[str, float]:
+    """The mean of each figure over the updates of a step that have it."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    values = {name: [row[name] for row in rows if name in row] for name in names}
+    return {name: sum(found) / len(found) for name, found in values.items()}
 
 
 def evaluation_metrics(evaluation, base=None) -> dict[str, float]:
@@ -357,7 +188,7 @@ def check_lengths(policy, tokenizer, problems, config) -> None:
     longest, context = max(map(len, prompts)), policy.config.max_position_embeddings
     if longest + config.max_new_tokens > context:
         raise configs.UserError(f"max_new_tokens={config.max_new_tokens}: with the longest prompt of {longest} tokens "
-                                f"it does not fit the model's context of {context}; lower it to {context - longest}")
+                                f"it does not fit the model's context of {context}; lower it or shorten the prompt")
 
 
 def make_optimizer(policy, config):
@@ -371,16 +202,22 @@ def make_optimizer(policy, config):
 
 def main(keys: dict) -> None:
     config = configs.namespace(configs.nest(keys))
-    words = ", ".join(scope.STRATEGIES)
-    configs.require(config.selection.strategy in scope.STRATEGIES,
-                    f"selection.strategy={config.selection.strategy}: give one of {words}")
+    words = {"reward": rewards.REWARDS, "objective": grpo.OBJECTIVES, "selection.strategy": scope.STRATEGIES}
+    for key, known in words.items():
+        configs.require(keys[key] in known, f"{key}={keys[key]}: give one of {', '.join(known)}")
     folder = checkpoint.run_folder(config, keys)
-    problems, heldout = data.training_problems(config), data.heldout_problems(
-        config.evaluation.data, config.evaluation.problems, vars(config.countdown)
-    )
+    problems, left_out = data.training_problems(config)
+    heldout = data.heldout_problems(config.evaluation.data, config.evaluation.problems, vars(config.countdown))
     configs.require(len(problems) >= config.prompts_per_step,
-                    f"prompts_per_step={config.prompts_per_step}: {config.data} has only {len(problems)} problems")
+                    f"prompts_per_step={config.prompts_per_step}: {config.data} has only {len(problems)} problems to "
+                    f"train on and {left_out} left out for evaluation; lower it or give more")
     world = distributed.setup()
+    if left_out and world.is_main:
+        print(f"note: {left_out} rows of {config.data} lie on the side of the split that evaluation.data=auto is drawn "
+              "from, and are left out of training", file=sys.stderr)  # fmt: skip
+    if config.objective == "kl_cov" and config.grpo.updates_per_rollout == 1 and world.is_main:
+        print("note: objective=kl_cov has no effect with one update per rollout, for its penalty is to the policy that "
+              "sampled; give grpo.updates_per_rollout=2 or more", file=sys.stderr)  # fmt: skip
     try:
         train(config, keys, folder, problems, heldout, world)
     finally:

@@ -14,35 +14,35 @@ import config as configs
 import distributed
 import grpo
 import rollout
-import train
+import step as steps
 
 
-def step_gradient(world, *, rewards_of, micro_batch_size=4, logits_chunk=5, kl_coef=0.7, strategy="scope"):
-    """One step of 8 prompts x 4 completions: returns (mask of all ranks [N], gradient by parameter name)."""
+def step_gradient(world, *, rewards_of, micro_batch_size=4, logits_chunk=5, strategy="scope", more=()):
+    """One update of 8 prompts x 4 completions: its Selection, the gradient by parameter name, and the figures."""
     keys = configs.override(configs.read_defaults(), [
-        "prompts_per_step=8", "group_size=4", f"selection.strategy={strategy}", f"selection.kl_coef={kl_coef}",
-        "selection.fraction=0.2", f"logits_chunk={logits_chunk}", "temperature=0.9", "optimizer.zero=false",
+        "prompts_per_step=8", "group_size=4", f"selection.strategy={strategy}", "selection.kl_coef=0.7",
+        "selection.fraction=0.2", f"logits_chunk={logits_chunk}", "temperature=0.9",
+        f"micro_batch_size={micro_batch_size}", *more,
     ])  # fmt: skip
     config = configs.namespace(configs.nest(keys))
     policy, reference = tiny_model(seed=0), tiny_model(seed=1)  # not equal: the penalty has a gradient
     policy.train()
-    objective = train.Objective(policy, config, world.size)
+    objective = steps.Objective(policy, config, world.size)
     if torch.distributed.is_initialized():
         objective = DistributedDataParallel(objective)
     generator = torch.Generator().manual_seed(3)
     prompts = [torch.randint(2, VOCABULARY, (3 + i % 4,), generator=generator).tolist() for i in range(8)]
-    share = world.share(8)
     rows = list(world.share(32))
-    sampled = rollout.sample(policy, [prompts[i] for i in share for _ in range(4)], rows, stop=[1, 5],
+    sampled = rollout.sample(policy, [prompts[row // 4] for row in rows], rows, stop=[1, 5],
                              max_new_tokens=16, temperature=0.9, seed=0, step=0)  # fmt: skip
     advantages = grpo.group_advantages(rewards_of(sampled, rows), 4)
-    selected, tokens, chosen = train.select(sampled, advantages, config, world, step=0)
+    correct = torch.tensor([row % 3 == 0 for row in rows])
+    selection = steps.select(sampled, sampled.logprobs, advantages, config, seed=0)
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
-    batches = train.micro_batches(sampled, advantages, selected, reference, micro_batch_size)
-    figures = train.update(objective, optimizer, batches, num_tokens=len(tokens), num_selected=int(chosen.sum()),
-                           world=world, max_grad_norm=1e9)  # fmt: skip
+    batches = steps.micro_batches(sampled, advantages, correct, selection, reference, config, world)
+    figures = steps.update(objective, optimizer, batches, selection, on_policy=True, world=world, max_grad_norm=1e9)
     gradient = {name: p.grad.clone() for name, p in policy.named_parameters()}
-    return chosen, gradient, figures
+    return selection.tokens["selected"], gradient, figures
 
 
 def by_length(sampled, rows):
@@ -63,6 +63,9 @@ SCENARIOS = {
     "idle rank": {"rewards_of": only_first_half, "micro_batch_size": 3},
     "all wrong": {"rewards_of": wrong},
     "uniform": {"rewards_of": only_first_half, "strategy": "uniform"},
+    "sequence": {"rewards_of": by_length, "more": ["grpo.normaliser=sequence", "objective=div", "div.coef=0.5"]},
+    "all terms": {"rewards_of": only_first_half,
+                  "more": ["grpo.kl_coef=0.3", "grpo.entropy_coef=0.2", "selection.kl=k3", "objective=forking_rl"]},
 }
 
 

@@ -51,6 +51,20 @@ BAD = {
     "missing data": (["data=nothing.jsonl"], ["data=nothing.jsonl", "no such file"]),
     "prompt without target": (["prompt={numbers}"], ["{target}"]),
     "prompt with a strange field": (["prompt={numbers} {target} {x}"], ["'x'"]),
+    "unknown reward": (["reward=praise"], ["reward=praise", "self_certainty"]),
+    "unknown objective": (["objective=ppo"], ["objective=ppo", "kl_cov"]),
+    "unknown normaliser": (["grpo.normaliser=batch"], ["batch", "token or sequence"]),
+    "unknown KL": (["selection.kl=k2"], ["k2", "full or k3"]),
+    "RLIF with div": (["reward=token_entropy", "objective=div"], ["objective=div", "reward=accuracy"]),
+    "selection that pays nothing": (["selection.kl_coef=0"], ["selection.kl_coef=0", "strategy=none"]),
+    "all tokens fork": (["forking_fraction=1.0"], ["forking_fraction=1.0", "below 1"]),
+    "no token forks": (["forking_fraction=0.0"], ["forking_fraction=0.0", "above 0"]),
+    "updates that do not divide": (["grpo.updates_per_rollout=3"], ["3 updates per rollout", "multiple of 3"]),
+    "empty covariance band": (["clip_cov.low=6.0"], ["clip_cov.low=6.0", "clip_cov.high=5.0"]),
+    "name with a path": (["name=../x"], ["name=../x", "plain folder name"]),
+    "no name": (["name="], ["plain folder name"]),
+    "seed too large": (["seed=99999999999999999999"], ["seed=99999999999999999999", "at most"]),
+    "odd heads": (["toy.heads=5", "toy.hidden=130"], ["toy.heads=5", "even"]),
     "countdown too small": (["countdown.limit=10"], ["countdown.limit=10", "countdown.largest=20"]),
 }
 
@@ -104,13 +118,19 @@ def test_bad_data_row(tmp_path):
 
 def test_too_few_problems(tmp_path):
     (tmp_path / "p.jsonl").write_text('{"numbers": [1, 2], "target": 3}\n')
-    told(run(tmp_path, "data=p.jsonl"), "prompts_per_step=64", "1 problem")
+    told(run(tmp_path, "data=p.jsonl"), "prompts_per_step=64", "only 0 problems", "1 left out")
 
 
 def test_evaluate_speaks_the_same_way(tmp_path):
     told(run(tmp_path, "model=nowhere", script="evaluate.py"), "nowhere", "no such folder")
     told(run(tmp_path, "samples=0", script="evaluate.py"), "samples=0")
     told(run(tmp_path, "steps=3", script="evaluate.py"), "steps")
+
+
+def test_text_where_config_yaml_needs_a_number():
+    """YAML reads 1e-4 as text in the file too."""
+    with pytest.raises(config.UserError, match="optimizer.lr='1e-4'.*1.0e-6"):
+        config.check(config.read_defaults() | {"optimizer.lr": "1e-4"})
 
 
 def test_values_take_their_defaults_type():

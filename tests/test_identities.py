@@ -108,6 +108,35 @@ def test_scope_functions_agree_with_exact_values(context):
     assert close(scope.deviation(probs, alpha), [c.delta(v) for v in c.tokens], scale=spread)  # Def. 7
     joint = [c.p[v] * (1 - c.p[v]) * (c.alpha[v] + c.beta(v)) for v in c.tokens]
     assert close(scope.coupling(probs, alpha), [c.covariance(v) for v in c.tokens], scale=joint)  # Eq. 42
+    if c.scale:
+        ratio = [abs(c.R(v)) / c.L(v) for v in c.tokens]
+        loose = [(c.alpha[v] + c.beta(v)) / c.scale for v in c.tokens]  # the ratio is a difference of two such terms
+        assert close(scope.residual_ratio(probs, alpha), ratio, scale=loose)  # Eq. 52
+
+
+@many
+@given(contexts, st.floats(0.01, 10))
+def test_identities_between_scope_functions(context, eta):
+    """The steps of A.11-A.18 as relations between the float functions themselves."""
+    values, magnitudes = context
+    p, alpha = policy(values), torch.tensor(magnitudes, dtype=torch.float64)
+    others, beta, delta = scope.over_others(p), scope.mean_without(p, alpha), scope.deviation(p, alpha)
+    scale = scope.advantage_scale(p, alpha)
+    S, L, R = scope.decompose(p, alpha, eta=eta)
+
+    def same(a, b, size):
+        assert ((a - b).abs() <= 1e-12 * size).all()
+
+    delta_tilde = beta - scale  # Eq. 33
+    same((p * delta).sum(), torch.zeros(()), (p * (alpha + scale)).sum())  # Lemma 1
+    same(delta_tilde * others, -p * delta, alpha + beta)  # Lemma 2
+    same((delta + delta_tilde) * others, delta * (1 - 2 * p), alpha + beta)  # Corollary 1
+    same(S, eta * p * others * (alpha + beta), S)  # Prop. 4
+    same(S, 2 * eta * scale * p * others + eta * p * (1 - 2 * p) * delta, S)  # Eq. 37
+    same(delta * p, scope.coupling(p, alpha), p * others * (alpha + beta))  # Eq. 40
+    same(scope.coupling(p, alpha), p * others * (alpha - beta), p * others * (alpha + beta))  # Eq. 42
+    same(S, L + eta * (1 - 2 * p) * scope.coupling(p, alpha), S)  # Eq. 44
+    same(S, L + R, S)  # Eq. 47
 
 
 @many
@@ -183,6 +212,8 @@ def test_residual_ratio():
     S, L, R = scope.decompose(probs, alpha)
     torch.testing.assert_close(scope.residual_ratio(probs, alpha), R.abs() / L, rtol=1e-12, atol=0)
     assert scope.residual_ratio(probs, alpha)[0] == 0
+    for strong in (1e-6, 1e6):
+        assert scope.residual_ratio(torch.tensor([0.5, 0.5]), torch.tensor([strong, 1.0])).tolist() == [0, 0]
 
 
 def test_batches_of_contexts():

@@ -25,10 +25,11 @@ MAY_IMPORT = {
     "toy": {"data", "distributed", "rollout"},
     "evaluate": {"config", "data", "distributed", "rollout", "toy"},
     "checkpoint": {"config", "distributed", "rollout"},
+    "step": {"data", "distributed", "grpo", "rewards", "rollout", "scope"},
     "train": OURS - {"train", "benchmark"},
     "benchmark": OURS - {"benchmark"},
 }
-ALSO = {"scope": {"torch"}, "grpo": {"torch"}, "rewards": set(), "config": {"yaml"}}  # outside packages, if limited
+ALSO = {"scope": {"torch"}, "grpo": {"torch"}, "rewards": {"torch"}, "config": {"yaml"}}  # outside packages, if limited
 
 
 def imports(path: Path) -> set[str]:

@@ -112,10 +112,15 @@ def test_record_of_a_draw():
     for b in range(50):
         weights = [math.exp(z / 0.7) for z in logits[b].tolist()]
         probs = [w / sum(weights) for w in weights]
-        assert sampler.logprobs[0][b].item() == pytest.approx(math.log(probs[sampler.tokens[0][b]]), abs=1e-5)
-        assert sampler.entropy[0][b].item() == pytest.approx(-sum(p * math.log(p) for p in probs), abs=1e-5)
-        certainty = sum(1 / 9 * math.log((1 / 9) / p) for p in probs)  # KL(uniform || policy)
-        assert sampler.self_certainty[0][b].item() == pytest.approx(certainty, abs=1e-5)
+        entropy = -sum(p * math.log(p) for p in probs)
+        expected = {
+            "logprobs": math.log(probs[sampler.tokens[0][b]]),
+            "entropy": entropy,
+            "self_certainty": sum(1 / 9 * math.log((1 / 9) / p) for p in probs),  # KL(uniform || policy)
+            "collision": sum(p**2 * (math.log(p) + entropy) for p in probs),
+        }
+        for name, values in sampler.record.items():
+            assert values[0][b].item() == pytest.approx(expected[name], abs=1e-5), name
 
 
 # ---------------------------------------------------------------- completions

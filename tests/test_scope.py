@@ -15,7 +15,8 @@ def step_of_tokens(n=2000, seed=0, positive=0.5):
     entropy = 2 * torch.rand(n, generator=generator)
     advantages = torch.rand(n, generator=generator) * 2.4
     sign = torch.where(torch.rand(n, generator=generator) < positive, 1.0, -1.0)
-    return {"logprobs": logprobs, "entropy": entropy, "advantages": advantages * sign}
+    collision = 0.1 * torch.randn(n, generator=generator)
+    return {"logprobs": logprobs, "entropy": entropy, "advantages": advantages * sign, "collision": collision}
 
 
 def test_redistribution_score_by_hand():
@@ -90,7 +91,8 @@ def test_uniform_penalty_is_the_all_token_penalty_in_expectation():
     assert abs(means.mean() - divergence.mean()) < 4 * error
 
 
-@pytest.mark.parametrize("bad", [{"fraction": 1.5}, {"strategy": "best"}, {"logprobs": torch.zeros(3)}])
+@pytest.mark.parametrize("bad", [{"fraction": 1.5}, {"strategy": "best"}, {"logprobs": torch.zeros(3)},
+                                 {"strategy": "entropy_change", "collision": None}, {"forking_fraction": 1.0}])
 def test_selection_refuses(bad):
     arguments = {"strategy": "scope", "fraction": 0.05, "seed": 0, **step_of_tokens(n=4)} | bad
     with pytest.raises(ValueError):
@@ -124,6 +126,12 @@ def test_kl_value_and_gradient():
             up, down = ([*z[:v], z[v] + sign * h, *z[v + 1 :]] for sign in (1, -1))
             slope = (slow_kl(up, z_ref) - slow_kl(down, z_ref)) / (2 * h)
             assert logits.grad[i, v].item() == pytest.approx(slope, rel=1e-6, abs=1e-9)
+
+
+def test_kl_at_a_temperature_is_that_of_the_divided_logits():
+    logits, reference = (torch.randn(4, 9, generator=torch.Generator().manual_seed(s)) for s in (1, 2))
+    expected = scope.kl_divergence(logits / 0.7, reference / 0.7)
+    torch.testing.assert_close(scope.kl_divergence(logits, reference, temperature=0.7), expected)
 
 
 def test_kl_of_equals_is_zero_without_gradient():

@@ -2,10 +2,19 @@
 
 import json
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+)
 
 import data
 import rollout
@@ -83,6 +92,19 @@ def test_bad_rows_name_file_and_line(tmp_path, line):
         data.read_jsonl(str(file))
 
 
+def test_a_files_rows_on_the_evaluations_side_are_left_out(tmp_path):
+    problems = data.countdown(30, heldout=True, **COUNTDOWN) + data.countdown(50, heldout=False, **COUNTDOWN)
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, problems)))
+
+    def training(evaluation):
+        return data.training_problems(SimpleNamespace(data=str(tmp_path / "p.jsonl"),
+                                                      evaluation=SimpleNamespace(data=evaluation)))  # fmt: skip
+
+    kept, left_out = training("auto")
+    assert len(kept) == 50 and left_out == 30 and not any(data.is_heldout(**problem) for problem in kept)
+    assert training("mine.jsonl") == (problems, 0)
+
+
 def test_empty_file_is_refused(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(UserError, match="holds no problem"):
@@ -151,9 +173,22 @@ def test_a_change_of_the_generator_changes_the_recipe(tmp_path, monkeypatch):
         toy.base_model(tmp_path / "base", prompt=PROMPT, countdown=COUNTDOWN, toy=SMALL)
 
 
-def test_models_that_post_process_logits_are_refused(tmp_path):
-    from transformers import Gemma2Config, Gemma2ForCausalLM
+def test_dropout_is_off_whatever_its_name(tmp_path):
+    shape = GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2, resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
+    GPT2LMHeadModel(shape).save_pretrained(tmp_path)
+    toy.make_tokenizer(20).save_pretrained(tmp_path)
+    model, _ = rollout.load(str(tmp_path))
+    tokens = torch.arange(10)[None]
+    assert torch.equal(model.train()(tokens).logits, model(tokens).logits)
 
+
+def test_a_model_without_a_stop_token_is_told():
+    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=None))
+    with pytest.raises(UserError, match="stop token"):
+        rollout.stop_ids(model, SimpleNamespace(eos_token_id=None))
+
+
+def test_models_that_post_process_logits_are_refused(tmp_path):
     shape = Gemma2Config(vocab_size=40, hidden_size=32, intermediate_size=32, num_hidden_layers=1, head_dim=8,
                          num_attention_heads=4, num_key_value_heads=2, final_logit_softcapping=0.1)  # fmt: skip
     Gemma2ForCausalLM(shape).save_pretrained(tmp_path)

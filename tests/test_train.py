@@ -15,18 +15,19 @@ from conftest import tiny_model
 from gradient_worker import SCENARIOS, by_length, step_gradient, wrong
 from transformers import AutoModelForCausalLM
 
+import benchmark
 import checkpoint
 import config as configs
 import grpo
 import rollout
-import scope
+import step as steps
+import toy
 import train
 from distributed import World
 
 ROOT = Path(__file__).parents[1]
 ALONE = World(0, 1, torch.device("cpu"))
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--master_port=0", "--rdzv_backend=c10d",
-            "--rdzv_endpoint=localhost:0"]  # fmt: skip
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
 
 def assert_same_gradient(a, b, tolerance=1e-6):
@@ -88,7 +89,8 @@ def test_first_scope_step_is_the_grpo_step():
     for strategy in ("none", "scope"):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("gradient_worker.tiny_model", lambda seed: tiny_model(seed=0))
-            chosen, gradient, figures = step_gradient(ALONE, rewards_of=by_length, strategy=strategy, kl_coef=100.0)
+            chosen, gradient, figures = step_gradient(ALONE, rewards_of=by_length, strategy=strategy,
+                                                      more=["selection.kl_coef=100.0"])  # fmt: skip
         gradients.append(gradient)
     assert chosen.any() and abs(figures["kl/selected"]) < 1e-6
     assert_same_gradient(*gradients, tolerance=1e-4)  # 100 x the rounding of the KL's own gradient
@@ -114,7 +116,18 @@ def test_ranks_give_the_gradient_of_one_process(tmp_path, ranks):
             assert all((g == 0).all() for g in together[name][1].values())
         else:
             assert_same_gradient(gradient, together[name][1])
-        assert together[name][2] == pytest.approx(figures, rel=1e-4, abs=1e-7)
+        assert together[name][2] == pytest.approx(figures, rel=1e-4, abs=1e-6)
+
+
+def made_up_selection(sampled, selected=None):
+    """A Selection of one rank with nothing marked."""
+    selected = torch.zeros_like(sampled.mask) if selected is None else selected
+    flat = {"selected": selected[sampled.mask], "marked": torch.zeros_like(sampled.mask)[sampled.mask]}
+    return steps.Selection(selected, torch.zeros_like(sampled.mask), flat)
+
+
+def config_of(*arguments):
+    return configs.namespace(configs.nest(configs.override(configs.read_defaults(), list(arguments))))
 
 
 def test_rows_without_effect_are_left_out():
@@ -122,27 +135,37 @@ def test_rows_without_effect_are_left_out():
     policy = tiny_model()
     sampled = rollout.sample(policy, [[2, 3]] * 8, list(range(8)), stop=[1], max_new_tokens=6, seed=0, step=0)
     advantages = torch.tensor([0, 0, 0, 0, 1.0, -1.0, 0, 0])
+    correct = torch.tensor([True] + [False] * 7)
     selected = torch.zeros_like(sampled.mask)
     selected[2, 0] = True
-    batches = list(train.micro_batches(sampled, advantages, selected, policy, 2))
+
+    def rows(*arguments):
+        config = config_of("micro_batch_size=2", *arguments)
+        selection = made_up_selection(sampled, selected)
+        return list(steps.micro_batches(sampled, advantages, correct, selection, policy, config, ALONE))
+
+    batches = rows()
     assert sum(len(batch.tokens) for batch, _ in batches) == 3
     assert [is_last for _, is_last in batches] == [False, True]
     assert sum(len(batch.reference_hidden) for batch, _ in batches if batch.reference_hidden is not None) == 1
+    assert sum(len(batch.tokens) for batch, _ in rows("objective=div")) == 4  # and the correct row
+    for everywhere in ("grpo.kl_coef=0.1", "grpo.entropy_coef=0.1"):
+        assert sum(len(batch.tokens) for batch, _ in rows(everywhere)) == 8
 
 
 def test_a_bandit_learns_the_rewarded_token():
     """Weights move, and the right way: the token that pays becomes likelier, at every step."""
-    policy = tiny_model(spread=0.5)
-    config = configs.namespace(configs.nest(configs.read_defaults()))
-    objective = train.Objective(policy, config, 1)
+    policy, config = tiny_model(spread=0.5), config_of("micro_batch_size=64")
+    objective = steps.Objective(policy, config, 1)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=3e-3, weight_decay=0.0)
     shares = []
     for step in range(8):
         sampled = rollout.sample(policy, [[2, 3]] * 64, list(range(64)), stop=[1], max_new_tokens=1, seed=0, step=step)
         rewards = (sampled.tokens[:, 0] % 4 == 3).float()
         advantages = grpo.group_advantages(rewards, 64)
-        batches = train.micro_batches(sampled, advantages, torch.zeros_like(sampled.mask), None, 64)
-        train.update(objective, optimizer, batches, num_tokens=64, num_selected=0, world=ALONE, max_grad_norm=1.0)
+        selection = made_up_selection(sampled)
+        batches = steps.micro_batches(sampled, advantages, rewards > 0, selection, None, config, ALONE)
+        steps.update(objective, optimizer, batches, selection, on_policy=True, world=ALONE, max_grad_norm=1.0)
         with torch.no_grad():
             probs = torch.softmax(policy(torch.tensor([[2, 3]])).logits[0, -1], dim=0)
         shares.append(probs[3::4].sum().item())
@@ -155,11 +178,60 @@ def test_a_gradient_that_is_not_finite_is_skipped():
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1.0)
 
     class Broken(torch.nn.Module):
-        def forward(self, batch, num_tokens, num_selected):
-            return sum(p.sum() for p in policy.parameters()) * float("nan"), torch.zeros(4)
+        def forward(self, *arguments):
+            return sum(p.sum() for p in policy.parameters()) * float("nan"), torch.zeros(6)
 
-    train.update(Broken(), optimizer, [(None, True)], num_tokens=1, num_selected=0, world=ALONE, max_grad_norm=1.0)
+    selection = steps.Selection(None, None, {"selected": torch.zeros(1, dtype=torch.bool)})
+    steps.update(Broken(), optimizer, [(None, True)], selection, on_policy=True, world=ALONE, max_grad_norm=1.0)
     assert all(torch.equal(p, before[name]) for name, p in policy.named_parameters())
+
+
+class Bf16World(World):
+    """CUDA's autocast, tried on a CPU."""
+
+    def autocast(self):
+        return torch.autocast("cpu", dtype=torch.bfloat16)
+
+
+def test_under_autocast_the_reference_rounds_like_the_policy():
+    """Equal weights: D is 0 in bf16 too, so that the first SCOPE step is GRPO's on a GPU as well."""
+    policy, world = tiny_model(), Bf16World(0, 1, torch.device("cpu"))
+    config = config_of("selection.fraction=0.5", "micro_batch_size=3", "grpo.kl_coef=0.0")
+    sampled = rollout.sample(policy, [[2, 3 + i] for i in range(8)], list(range(8)), stop=[1], max_new_tokens=6, seed=0,
+                             step=0)  # fmt: skip
+    advantages = grpo.group_advantages(torch.arange(8.0), 4)
+    selection = steps.select(sampled, sampled.logprobs, advantages, config, seed=0)
+    batches = steps.micro_batches(sampled, advantages, advantages > 0, selection, policy, config, world)
+    objective, optimizer = steps.Objective(policy, config, 1), torch.optim.SGD(policy.parameters(), lr=0.0)
+    figures = steps.update(objective, optimizer, batches, selection, on_policy=True, world=world, max_grad_norm=1.0)
+    assert selection.selected.any() and figures["kl/selected"] == 0
+    assert 1e-4 < figures["logprob_drift"] < 0.1  # it was bf16 indeed
+
+
+def test_drift_is_a_mean_over_the_tokens_scored():
+    """Two rows of eight are scored; each of their tokens is off by 0.5."""
+    policy, config = tiny_model(), config_of()
+    sampled = rollout.sample(policy, [[2, 3]] * 8, list(range(8)), stop=[1], max_new_tokens=6, seed=0, step=0)
+    sampled.logprobs += 0.5
+    advantages = torch.tensor([0, 0, 0, 0, 1.0, -1.0, 0, 0])
+    selection = made_up_selection(sampled)
+    batches = steps.micro_batches(sampled, advantages, advantages > 0, selection, None, config, ALONE)
+    objective, optimizer = steps.Objective(policy, config, 1), torch.optim.SGD(policy.parameters(), lr=0.0)
+    figures = steps.update(objective, optimizer, batches, selection, on_policy=True, world=ALONE, max_grad_norm=1.0)
+    assert figures["logprob_drift"] == pytest.approx(0.5, abs=1e-4)
+
+
+def test_a_truncated_completion_earns_nothing(monkeypatch):
+    """Also where the text up to the cut would count: in training and in evaluation."""
+    monkeypatch.setattr("data.is_correct", lambda problem, text: True)
+    config = config_of("prompts_per_step=4", "max_new_tokens=6")
+    policy, tokenizer = tiny_model(), toy.make_tokenizer(29)
+    problems = [{"numbers": [i, 3], "target": 5} for i in range(4)]
+    sampled, _, rewards, correct = steps.roll_out(policy, tokenizer, [1, 5], problems, 0, config, ALONE)
+    assert 0 < sampled.stopped.sum() < 32
+    assert (rewards == sampled.stopped.float()).all() and (correct == sampled.stopped).all()
+    result = train.evaluate.evaluate(policy, tokenizer, problems, ALONE, config, samples=8, title="")
+    assert 0 < result.stopped.sum() < 32 and (result.correct == result.stopped).all()
 
 
 # ---------------------------------------------------------------- schedule and order
@@ -175,29 +247,38 @@ def test_learning_rate():
 
 def test_order_of_problems():
     """Every epoch holds each problem at most once, the remainder dropped; another epoch, another order."""
-    epochs = [[p for s in range(3) for p in train.step_problems(list(range(10)), 3 * e + s, count=3, seed=0)]
+    epochs = [[p for s in range(3) for p in steps.step_problems(list(range(10)), 3 * e + s, count=3, seed=0)]
               for e in range(3)]  # fmt: skip
     assert all(len(set(epoch)) == 9 for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
-    assert train.step_problems(list(range(10)), 4, count=3, seed=0) == epochs[1][3:6]  # no state: any step, any time
-    assert train.step_problems(list(range(10)), 4, count=3, seed=1) != epochs[1][3:6]
+    assert steps.step_problems(list(range(10)), 4, count=3, seed=0) == epochs[1][3:6]  # no state: any step, any time
+    assert steps.step_problems(list(range(10)), 4, count=3, seed=1) != epochs[1][3:6]
 
 
-def test_step_metrics_by_hand():
+def test_metrics_by_hand():
     rewards = torch.tensor([1.0, 0, 0, 0])
     advantages = grpo.group_advantages(rewards, 2)
-    completions = torch.stack([rewards, advantages, torch.tensor([2.0, 1, 3, 2]), torch.tensor([1.0, 1, 0, 1])], dim=1)
-    token_advantages = advantages.repeat_interleave(torch.tensor([2, 1, 3, 2]))
-    tokens = torch.stack([torch.log(torch.full((8,), 0.25)), torch.arange(8.0), token_advantages], dim=1)
-    chosen = torch.tensor([True, False, False, False, False, False, False, False])
-    figures = train.step_metrics(completions, tokens, chosen, group_size=2)
-    assert figures["reward/mean"] == 0.25 and figures["group/frac_zero_std"] == 0.5
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 1], [1, 1, 0]]).bool()
+    record = torch.where(mask, torch.arange(12.0).view(4, 3), 0.0)
+    sampled = rollout.Rollout([[2]] * 4, mask.long(), mask, torch.tensor([True, True, False, True]), record, record,
+                              record, record)  # fmt: skip
+    figures = steps.rollout_metrics(sampled, rewards, rewards > 0, advantages, group_size=2)
+    assert figures["reward/mean"] == figures["reward/accuracy"] == 0.25 and figures["group/frac_zero_std"] == 0.5
     assert figures["length/mean"] == 2 and figures["length/frac_truncated"] == 0.25
-    assert figures["tokens"] == 8 and figures["entropy"] == 3.5
-    assert figures["selection/fraction"] == 0.125 and figures["selection/candidates"] == 0.25
-    assert figures["selection/p"] == pytest.approx(0.25) and figures["selection/entropy"] == 0
-    assert figures["selection/advantage"] == pytest.approx(0.7070, abs=1e-3)
+    assert figures["tokens"] == 8 and figures["entropy"] == (0 + 1 + 3 + 6 + 7 + 8 + 9 + 10) / 8
     assert figures["advantage/min"] == -figures["advantage/max"] == pytest.approx(-0.7070, abs=1e-3)
+
+    tokens = {
+        "logprobs": torch.log(torch.full((8,), 0.25)), "entropy": torch.arange(8.0),
+        "advantages": advantages.repeat_interleave(torch.tensor([2, 1, 3, 2])),
+        "selected": torch.tensor([True, False, True, False, False, False, False, False]),
+        "marked": torch.zeros(8, dtype=torch.bool),
+    }  # fmt: skip
+    figures = steps.selection_metrics(tokens, config_of("selection.fraction=0.5"))
+    assert figures["selection/fraction"] == 0.25 and figures["selection/candidates"] == 0.25
+    assert figures["selection/shortfall"] == 2 and figures["objective/marked"] == 0
+    assert figures["selection/p"] == pytest.approx(0.25) and figures["selection/entropy"] == 1
+    assert figures["selection/negative"] == 0.5 and figures["selection/advantage"] == pytest.approx(0, abs=1e-6)
 
 
 # ---------------------------------------------------------------- whole runs, on a toy of a few weights
@@ -206,6 +287,8 @@ SMALL = ["toy.layers=1", "toy.hidden=16", "toy.heads=2", "toy.intermediate=16", 
          "prompts_per_step=4", "group_size=4", "max_new_tokens=12", "evaluation.problems=3", "evaluation.samples=4",
          "evaluation.samples_between=2", "evaluation.every=2", "log_every=1", "save_every=2", "steps=4",
          "countdown_problems=50", "selection.fraction=0.3", "optimizer.lr=0.01"]  # fmt: skip
+REAL = [*SMALL, "steps=2", "toy.updates=30", "reward=trajectory_entropy", "grpo.updates_per_rollout=2",
+        "optimizer.lr=0.001"]  # fmt: skip
 TIMES = ("time/rollout", "time/select", "time/update", "mem_gb")
 
 
@@ -238,8 +321,8 @@ def test_killed_and_resumed_is_the_unbroken_run(in_tmp, monkeypatch, killed_in):
 
     with monkeypatch.context() as patch:
         if killed_in == "the loop":  # in step 4, after two steps were saved and three logged
-            problems = train.step_problems
-            patch.setattr(train, "step_problems",
+            problems = steps.step_problems
+            patch.setattr(steps, "step_problems",
                           lambda all, step, **kw: problems(all, step, **kw) if step < 3 else 1 / 0)  # fmt: skip
         else:  # between the two renames of the last save
             rename = Path.rename
@@ -257,6 +340,8 @@ def test_killed_and_resumed_is_the_unbroken_run(in_tmp, monkeypatch, killed_in):
             train.main(configs.training_keys([*SMALL, "name=broken"]))
     assert not (in_tmp / "runs" / "broken" / "model").exists()
     train.main(configs.training_keys([*SMALL, "name=broken", "resume=true"]))
+    assert metrics_of("broken") == rows
+    train.main(configs.training_keys([*SMALL, "name=broken", "resume=true"]))  # nothing left to do: nothing twice
     assert metrics_of("broken") == rows
     for name, weight in weights_of("whole").items():
         assert torch.equal(weight, weights_of("broken")[name])
@@ -297,9 +382,10 @@ def real_runs(tmp_path_factory):
         "alone": [sys.executable, ROOT / "train.py"],
         "ranks": [*TORCHRUN, "--nproc_per_node=2", ROOT / "train.py", "optimizer.zero=true"],
     }
+    commands["ranks again"] = [*commands["ranks"], "resume=true"]
     for name, command in commands.items():
-        result = subprocess.run([*command, *SMALL, "steps=2", "toy.updates=30", f"name={name}"], cwd=cwd,
-                                capture_output=True, text=True, timeout=170)  # fmt: skip
+        result = subprocess.run([*command, *REAL, f"name={name.split()[0]}"], cwd=cwd, capture_output=True, text=True,
+                                timeout=170)  # fmt: skip
         assert result.returncode == 0, result.stderr
         (cwd / f"{name}.txt").write_text(result.stdout)
     return cwd
@@ -312,12 +398,12 @@ def test_a_real_run_writes_everything(real_runs):
         "model",
     }  # fmt: skip
     keys = configs.flatten(yaml.safe_load((folder / "config.yaml").read_text()))
-    assert keys == configs.override(configs.read_defaults(), [*SMALL, "steps=2", "toy.updates=30", "name=alone"])
+    assert keys == configs.override(configs.read_defaults(), [*REAL, "name=alone"])
     rows = read(folder / "metrics.jsonl")
     assert [row["step"] for row in rows] == [0, 1, 2, 2]
     expected = {"reward/mean", "group/frac_zero_std", "length/mean", "length/frac_truncated", "entropy", "loss", "lr",
                 "grad_norm", "clip_frac", "tokens", "mem_gb", "selection/fraction", "selection/candidates",
-                "kl/selected", "logprob_drift", *TIMES}  # fmt: skip
+                "kl/selected", "logprob_drift", "kl_old", "reward/accuracy", *TIMES}  # fmt: skip
     assert expected <= rows[1].keys() and all(np.isfinite(value) for row in rows for value in row.values())
     assert {"eval/acc@4", "eval/pass@1", "eval/pass@4", "eval/entropy", "eval/d_collapse"} <= rows[-1].keys()
     samples = read(folder / "samples.jsonl")
@@ -325,6 +411,9 @@ def test_a_real_run_writes_everything(real_runs):
     assert samples[0].keys() == {"step", "prompt", "completion", "reward"}
     model, tokenizer = rollout.load(str(folder / "model"))
     assert rollout.stop_ids(model, tokenizer) == [tokenizer.eos_token_id]
+    readme = (ROOT / "README.md").read_text()
+    for key in {key for row in rows for key in row if not key.startswith("eval/")} - {"step"}:
+        assert f"`{key}`" in readme, key
     printed = (real_runs / "alone.txt").read_text()
     for word in ("first prompt", "stop ids", "reward", "trained", "pass@4", "d_collapse", "written to runs/alone"):
         assert word in printed
@@ -335,11 +424,19 @@ def test_two_ranks_train_like_one(real_runs):
     alone, ranks = (read(real_runs / "runs" / name / "metrics.jsonl") for name in ("alone", "ranks"))
     for one, other in zip(alone, ranks, strict=True):
         for key in one.keys() - set(TIMES):
-            assert one[key] == pytest.approx(other[key], rel=1e-3, abs=1e-5), key
-    one, other = (AutoModelForCausalLM.from_pretrained(real_runs / "runs" / name / "model").state_dict()
-                  for name in ("alone", "ranks"))  # fmt: skip
+            assert one[key] == pytest.approx(other[key], rel=1e-2, abs=1e-5), key
+    assert all(row["grad_norm"] > 1e-3 and row["kl_old"] > 0 for row in alone[1:-1]) and alone[2]["kl/selected"] > 0
+    (base,) = (real_runs / "runs").glob("toy-base-*")
+    folders = base, real_runs / "runs" / "alone" / "model", real_runs / "runs" / "ranks" / "model"
+    before, one, other = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in folders)
     for name in one:
-        torch.testing.assert_close(one[name], other[name], rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(one[name], other[name], rtol=1e-3, atol=1e-4)
+        assert (one[name] - before[name]).abs().max() > 1e-3  # and they did move
+
+
+def test_benchmark_prints_a_ratio(in_tmp, capsys):
+    benchmark.main(configs.training_keys([*SMALL, "steps=2"]))
+    assert "1.000 x none" in capsys.readouterr().out
 
 
 def test_evaluate_command_on_a_trained_model(real_runs):
@@ -354,5 +451,3 @@ def test_evaluate_command_on_a_trained_model(real_runs):
     assert outputs[0] == outputs[1]  # one rank or two: the same table
 
 
-def test_scope_strategies_are_config_words():
-    assert {"none", "uniform", "all", "scope"} <= scope.STRATEGIES.keys()
