@@ -6,6 +6,7 @@ loss (SCOPE's goes on selected tokens only, see scope.py). All per-token tensors
 the token count of the whole step, so that a gradient does not depend on how the step is cut up.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -145,8 +146,8 @@ def kl_cov_objective(t: Tokens, *, clip_low: float, clip_high: float, coef: floa
 
 
 def clip_cov_objective(t: Tokens, *, clip_low: float, clip_high: float, coef: float) -> Tensor:
-    """GRPO without the marked tokens, a few of high covariance, and with the clip widened to 1.  Cui et al. 2025"""
-    return grpo_objective(t._replace(weight=t.weight * ~t.marked), clip_low=1.0, clip_high=1.0, coef=coef)
+    """GRPO without the marked tokens, a few of high covariance (and with the clip widened: CLIPS).  Cui et al. 2025"""
+    return grpo_objective(t._replace(weight=t.weight * ~t.marked), clip_low=clip_low, clip_high=clip_high, coef=coef)
 
 
 # Each: (Tokens, *, clip_low, clip_high, coef) -> scalar loss, to be minimised.
@@ -157,6 +158,8 @@ OBJECTIVES = {
     "kl_cov": kl_cov_objective,
     "clip_cov": clip_cov_objective,
 }
+# (clip_low, clip_high) of those that bring their own: no clip at all, and one widened to 1.
+CLIPS = {"kl_cov": (1.0, math.inf), "clip_cov": (1.0, 1.0)}
 
 
 def clip_cov_tokens(

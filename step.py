@@ -100,7 +100,8 @@ def select(current: Rollout, old_logprobs: Tensor, advantages: Tensor, config, s
 def clip_cov_marks(tokens: dict, known: dict, config) -> Tensor:
     covariance = scope.covariance_score(tokens["logprobs"], tokens["advantages"])
     ratios = (tokens["logprobs"], tokens["old_logprobs"], tokens["advantages"])
-    clipped = grpo.clipped(*ratios, clip_low=1.0, clip_high=1.0)
+    low, high = grpo.CLIPS["clip_cov"]
+    clipped = grpo.clipped(*ratios, clip_low=low, clip_high=high)
     return grpo.clip_cov_tokens(covariance, clipped, fraction=config.clip_cov.fraction, low=config.clip_cov.low,
                                 high=config.clip_cov.high, seed=known["seed"])  # fmt: skip
 
@@ -201,9 +202,9 @@ class Objective(torch.nn.Module):
     def __init__(self, policy, config, world_size: int):
         super().__init__()
         self.policy, self.config, self.world_size = policy, config, world_size
-        coefs = {"div": config.div.coef, "kl_cov": config.kl_cov.coef}
-        self.settings = {"clip_low": config.grpo.clip_low, "clip_high": config.grpo.clip_high,
-                         "coef": coefs.get(config.objective, 0.0)}  # fmt: skip
+        low, high = grpo.CLIPS.get(config.objective, (config.grpo.clip_low, config.grpo.clip_high))
+        self.clips = {"clip_low": low, "clip_high": high}
+        self.coef = {"div": config.div.coef, "kl_cov": config.kl_cov.coef}.get(config.objective, 0.0)
 
     def forward(self, batch: MicroBatch, num_tokens: int, num_selected: int, on_policy: bool):
         config, head, temperature = self.config, self.policy.get_output_embeddings(), self.config.temperature
@@ -217,7 +218,7 @@ class Objective(torch.nn.Module):
         old_logprobs = logprobs.detach() if on_policy else batch.old_logprobs
         loss = grpo.OBJECTIVES[config.objective](
             grpo.Tokens(logprobs, old_logprobs, batch.advantages, batch.weight, batch.sequence_weight, batch.marked,
-                        batch.correct), **self.settings)  # fmt: skip
+                        batch.correct), coef=self.coef, **self.clips)  # fmt: skip
 
         if config.grpo.entropy_coef > 0:
             entropy = chunks(lambda h: grpo.token_entropy(head(h), temperature=temperature), hidden)
@@ -244,8 +245,7 @@ class Objective(torch.nn.Module):
             penalty = divergence.sum() / num_selected
             loss = loss + config.selection.kl_coef * penalty
 
-        clips = {name: self.settings[name] for name in ("clip_low", "clip_high")}
-        held_back = grpo.clipped(logprobs, old_logprobs, batch.advantages, **clips).sum() / num_tokens
+        held_back = grpo.clipped(logprobs, old_logprobs, batch.advantages, **self.clips).sum() / num_tokens
         moved = logprobs.detach() - batch.old_logprobs
         figures = [loss.detach(), penalty.detach(), held_back, moved.abs().sum(), (moved.exp() - moved - 1).sum(),
                    torch.tensor(float(len(moved)), device=loss.device)]  # fmt: skip

@@ -250,7 +250,8 @@ def fast_objective(rows, objective, normaliser, logprobs):
         torch.tensor([1 / (lengths[b] * B) for b, _ in flat], dtype=torch.float64), marked,
         torch.tensor([rows[b]["correct"] for b, _ in flat]),
     )  # fmt: skip
-    return grpo.OBJECTIVES[objective](tokens, clip_low=LOW, clip_high=HIGH, coef=COEF)
+    low, high = grpo.CLIPS.get(objective, (LOW, HIGH))
+    return grpo.OBJECTIVES[objective](tokens, clip_low=low, clip_high=high, coef=COEF)
 
 
 @pytest.mark.parametrize("normaliser", ["token", "sequence"])
