@@ -45,14 +45,7 @@ def begin(folder: Path, keys: dict) -> None:
     """Makes the folder with its config.yaml, whole or not at all; a resumed run keeps the one it has."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "config.yaml").exists():
-        replace_text(folder / "config.yaml", yaml.safe_dump(configs.nest(keys), sort_keys=False))
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Writes a file so that a kill leaves the old text or the new."""
-    fresh = path.with_suffix(".tmp")
-    fresh.write_text(text)
-    fresh.rename(path)
+        configs.replace_text(folder / "config.yaml", yaml.safe_dump(configs.nest(keys), sort_keys=False))
 
 
 class Log:
@@ -67,7 +60,7 @@ class Log:
         for path in (folder / "metrics.jsonl", folder / "samples.jsonl"):
             lines = path.read_text().splitlines(keepends=True) if start and path.exists() else []
             kept = [line for line in lines if line.endswith("\n") and self.stays(json.loads(line), start)]
-            replace_text(path, "".join(kept))
+            configs.replace_text(path, "".join(kept))
 
     @staticmethod
     def stays(row: dict, start: int) -> bool:

@@ -114,15 +114,46 @@ def training_keys(arguments: list[str]) -> dict:
 
 
 def evaluation_keys(arguments: list[str]) -> dict:
-    """The flat, checked config of evaluate.py: the keys of config.yaml that matter there, and its `data`,
-    `problems` and `samples`, with the defaults of a training run's in-between evaluation."""
+    """The flat, checked config of evaluate.py: the keys of config.yaml that matter there, and its own."""
     defaults = read_defaults()
-    kept = ("model", "prompt", "seed", "max_new_tokens", "temperature", "rollout.", "countdown.", "toy.")
+    kept = ("model", "prompt", "seed", "max_new_tokens", "temperature", "micro_batch_size", "logits_chunk", "rollout.",
+            "countdown.", "toy.")  # fmt: skip
     keys = {key: value for key, value in defaults.items() if key.startswith(kept)}
-    keys |= {"data": "auto", "problems": defaults["evaluation.problems"], "samples": 16}
-    keys = override(keys, arguments)
-    check(keys)
+    # plot: folders of runs whose curves to draw instead. model and data: one, or several as [a,b].
+    keys |= {"data": "auto", "problems": defaults["evaluation.problems"], "samples": 16, "k": "auto", "plot": ""}
+    keys = override(keys, [a.replace("models=", "model=", 1) if a.startswith("models=") else a for a in arguments])
+    check({key: value for key, value in keys.items() if key not in ("model", "data")})
+    for model in listed(keys["model"]):
+        check_model(model)
+    for file in listed(keys["data"]):
+        require(file == "auto" or Path(file).is_file(), f"data={file}: no such file")
+    ks(keys["k"], keys["samples"])
     return keys
+
+
+def listed(text: str) -> list[str]:
+    """One word, or several as `[a,b]` or `a,b`."""
+    words = [word.strip() for word in text.strip("[]").split(",")]
+    require(all(words), f"{text}: give a word, or several as [a,b]")
+    return words
+
+
+def ks(text: str, samples: int) -> list[int]:
+    """The k of Pass@k: auto, the powers of two below the number of samples; or a list like [1,8,64]."""
+    if text == "auto":
+        return [k for k in (2**i for i in range(20)) if k < max(samples, 2)]
+    words = listed(text)
+    require(all(word.isdigit() and int(word) > 0 for word in words), f"k={text}: give whole numbers, [1,8,64]")
+    values = sorted({int(word) for word in words})
+    require(values[-1] <= samples, f"k={values[-1]} with samples={samples}: Pass@k needs at least k samples")
+    return values
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a file so that a kill leaves the old text or the new."""
+    fresh = path.with_suffix(".tmp")
+    fresh.write_text(text)
+    fresh.rename(path)
 
 
 def check(keys: dict) -> None:
@@ -169,7 +200,8 @@ def check(keys: dict) -> None:
     except (KeyError, IndexError, ValueError) as error:
         raise UserError(f"prompt={keys['prompt']!r}: the fields are {{numbers}} and {{target}} only, "
                         f"and other braces are doubled ({error!r})") from None
-    check_model(keys["model"])
+    if "model" in keys:
+        check_model(keys["model"])
     for key in ("data", "evaluation.data"):
         file = keys.get(key, "auto")
         require(file in ("countdown", "auto") or Path(file).is_file(), f"{key}={file}: no such file")

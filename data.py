@@ -89,6 +89,11 @@ def render(problem: dict, template: str) -> str:
     return template.format(numbers=" ".join(map(str, problem["numbers"])), target=problem["target"])
 
 
+def answer_of(text: str) -> str:
+    """What two completions must share to be one answer: the chain, whatever its spaces."""
+    return "".join(text.split())
+
+
 def is_correct(problem: dict, text: str) -> bool:
     """The verifiable reward's verdict on a completion."""
     return solves_countdown(text, problem["numbers"], problem["target"])

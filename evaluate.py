@@ -1,10 +1,12 @@
-"""Evaluation: Acc@n, Pass@k and d_collapse of a model on held-out problems, with standard errors over problems.
+"""Evaluation: Acc@n, Pass@k, majority@k and d_collapse of models on held-out problems, compared with confidence.
 
-    python evaluate.py model=runs/countdown-scope-seed0/model samples=16
-    torchrun --nproc_per_node=2 evaluate.py model=... data=problems.jsonl samples=128
+    python evaluate.py model=runs/countdown-scope-seed0/model samples=128
+    python evaluate.py "model=[runs/toy-base-7183f57f,runs/a/model]" data=problems.jsonl samples=256   # compared
+    torchrun --nproc_per_node=4 evaluate.py model=... samples=128
+    python evaluate.py plot=runs/a,runs/b                                                  # training curves
 
-Samples at the training temperature with nothing cut off (top-p 1, no top-k), by the same code and grader
-as training. Correctness is a [P, n] table (P problems, n samples each); everything below is read off it.
+Samples at the training temperature with nothing cut off, by the code and the grader of training. Completions
+are kept in evaluations/ as they come, so that a killed evaluation goes on where it stopped. P problems, n samples each.
 """
 
 import sys
@@ -15,7 +17,10 @@ if __name__ == "__main__":  # before torch is imported: a typo is told at once
     with configs.one_line_errors():
         KEYS = configs.evaluation_keys(sys.argv[1:])
 
+import json
+import zlib
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,10 +28,14 @@ from tqdm import tqdm
 
 import data
 import distributed
+import plots
 import rollout
+import step
 import toy
 
 STEP = -1  # the `step` of every evaluation's draws: no training step has it, and all models face the same noise
+
+# ---------------------------------------------------------------- figures
 
 
 def pass_at_k(num_samples, num_correct, k: int):
@@ -50,6 +59,28 @@ def pass_at_k(num_samples, num_correct, k: int):
     return float(result) if result.ndim == 0 else result
 
 
+def majority_at_k(answers, correct, k: int):
+    """Chance that the most frequent of k answers is correct, each tied one counted for its share.  [P, n] -> [P]
+
+    answers are numbers that name distinct answers within a problem. Averaged over the n // k disjoint blocks
+    of k samples; what is left over is not used.
+    """
+    problems, blocks = len(answers), answers.shape[1] // k
+    result = np.zeros(problems)
+    for p in range(problems):
+        for block in range(blocks):
+            part = slice(block * k, (block + 1) * k)
+            names, first, votes = np.unique(answers[p, part], return_index=True, return_counts=True)
+            winners = first[votes == votes.max()]
+            result[p] += correct[p, part][winners].mean() / blocks
+    return result
+
+
+def forking_threshold(base_entropy, fraction: float = 0.2) -> float:
+    """h*: the entropy that `fraction` of the base model's tokens exceed."""
+    return float(np.quantile(np.asarray(base_entropy).ravel(), 1 - fraction, method="inverted_cdf"))
+
+
 def d_collapse(base_entropy, entropy, *, fraction: float = 0.2) -> float:
     """Relative loss of forking tokens, 1 - f(model) / f(base); 0 for the base itself, 1 if none is left (Section 4.2).
 
@@ -60,16 +91,41 @@ def d_collapse(base_entropy, entropy, *, fraction: float = 0.2) -> float:
     base_entropy, entropy = np.asarray(base_entropy).ravel(), np.asarray(entropy).ravel()
     if not base_entropy.size or not entropy.size:
         raise ValueError("d_collapse needs at least one token of each model")
-    threshold = np.quantile(base_entropy, 1 - fraction, method="inverted_cdf")
+    threshold = forking_threshold(base_entropy, fraction)
     forking = (base_entropy > threshold).mean()
     return float(1 - (entropy > threshold).mean() / forking) if forking else 0.0
 
 
 @dataclass
+class Figure:
+    """A figure made of problems: offset + scale * sum_p top_p / sum_p bottom_p; a plain mean has bottom 1."""
+
+    top: np.ndarray  # [P]
+    bottom: np.ndarray  # [P]
+    offset: float = 0.0
+    scale: float = 1.0
+
+    @property
+    def value(self) -> float:
+        return self.offset + self.scale * float(self.top.sum() / self.bottom.sum())
+
+    @property
+    def error(self) -> float | None:
+        """Standard error, clustered by problem: a problem's samples stand or fall together. None for one problem."""
+        problems = len(self.top)
+        if problems < 2:
+            return None
+        residual = self.top - self.bottom * self.top.sum() / self.bottom.sum()
+        spread = np.sqrt((residual**2).sum() * problems / (problems - 1)) / self.bottom.sum()
+        return abs(self.scale) * float(spread)
+
+
+@dataclass
 class Evaluation:
-    """n samples of each of P problems. Token entropies are flat, in nats."""
+    """n samples of each of P problems. Token entropies are flat, in nats, in the order of the completions."""
 
     correct: np.ndarray  # [P, n] bool
+    answers: np.ndarray  # [P, n] numbers of the distinct answers of each problem
     lengths: np.ndarray  # [P, n] tokens
     stopped: np.ndarray  # [P, n] bool, False: truncated
     entropy: np.ndarray  # [tokens] float32
@@ -82,50 +138,182 @@ class Evaluation:
         with np.load(path, allow_pickle=False) as arrays:
             return cls(**arrays)
 
-    def summary(self, base: "Evaluation | None" = None) -> dict[str, tuple[float, float | None]]:
-        """Each figure with its standard error over problems (None where it has none), in the table's order."""
+    def per_problem(self, token_values: np.ndarray) -> np.ndarray:
+        """Sums of a flat token quantity over each problem's tokens.  [tokens] -> [P]"""
+        ends = self.lengths.sum(axis=1).cumsum()
+        totals = np.concatenate([[0.0], np.cumsum(token_values, dtype=np.float64)])
+        return np.diff(totals[np.concatenate([[0], ends])])
+
+    def figures(self, ks, base: "Evaluation | None" = None, fixed_text: np.ndarray | None = None) -> dict[str, Figure]:
+        """Every figure, in the table's order. fixed_text: this model's token entropies on the base's completions."""
         problems, samples = self.correct.shape
-
-        def over_problems(values):
-            error = float(values.std(ddof=1) / problems**0.5) if problems > 1 else None
-            return float(values.mean()), error
-
-        first = self.correct[:, :16]
-        figures = {f"acc@{first.shape[1]}": over_problems(first.mean(axis=1))}
-        for k in (1, 4, 16, 64, 128):
-            if k <= samples:
-                figures[f"pass@{k}"] = over_problems(pass_at_k(samples, self.correct.sum(axis=1), k))
-        figures["entropy"] = float(self.entropy.mean()), None
+        one = np.ones(problems)
+        accurate, tokens = self.correct[:, :16], self.lengths.sum(axis=1).astype(float)
+        figures = {f"acc@{accurate.shape[1]}": Figure(accurate.mean(axis=1), one)}
+        for k in ks:
+            figures[f"pass@{k}"] = Figure(pass_at_k(samples, self.correct.sum(axis=1), k), one)
+        figures[f"majority@{samples}"] = Figure(majority_at_k(self.answers, self.correct, samples), one)
+        figures["distinct"] = Figure(np.array([len(np.unique(row)) for row in self.answers], dtype=float), one)
+        figures["entropy"] = Figure(self.per_problem(self.entropy), tokens)
         if base is not None:
-            figures["d_collapse"] = d_collapse(base.entropy, self.entropy), None
-        figures["length"] = over_problems(self.lengths.mean(axis=1))
-        figures["truncated"] = over_problems(1 - self.stopped.mean(axis=1))
+            figures["d_collapse"] = self.collapse(base, self.entropy, self)
+        if fixed_text is not None:
+            figures["d_collapse fixed"] = self.collapse(base, fixed_text, base)
+        figures["length"] = Figure(self.lengths.mean(axis=1), one)
+        figures["truncated"] = Figure(1 - self.stopped.mean(axis=1), one)
         return figures
 
+    @staticmethod
+    def collapse(base: "Evaluation", entropy: np.ndarray, text: "Evaluation") -> Figure:
+        """`d_collapse` as a Figure; `text` is whose completions the entropies were taken on."""
+        threshold = forking_threshold(base.entropy)
+        share = (base.entropy > threshold).mean()
+        scale = -1 / share if share else 0.0
+        return Figure(text.per_problem(entropy > threshold), text.lengths.sum(axis=1).astype(float),
+                      offset=1.0 if share else 0.0, scale=float(scale))  # fmt: skip
 
-def evaluate(model, tokenizer, problems, world, config, *, samples: int, title: str) -> Evaluation:
-    """Samples and grades `samples` completions of each problem, the rows shared out over ranks.
+    def summary(self, base: "Evaluation | None" = None, ks=(1, 4, 16, 64, 128)) -> dict[str, tuple]:
+        """{figure: (value, standard error over problems)} for the k that there are samples for."""
+        ks = [k for k in ks if k <= self.correct.shape[1]]
+        return {name: (figure.value, figure.error) for name, figure in self.figures(ks, base).items()}
 
-    Every rank returns the whole result, the same whatever the number of ranks.
-    """
-    prompts = rollout.encode_prompts(tokenizer, [data.render(problem, config.prompt) for problem in problems])
-    rows = world.share(len(problems) * samples)
-    with tqdm(total=len(rows), desc=title, unit="sample", leave=False, disable=not world.is_main) as bar:
-        with world.autocast():
-            sampled = rollout.sample(
-                model, [prompts[row // samples] for row in rows], list(rows),
-                stop=rollout.stop_ids(model, tokenizer), max_new_tokens=config.max_new_tokens,
-                temperature=config.temperature, seed=config.seed, step=STEP,
-                batch_size=config.rollout.batch_size, segment=config.rollout.segment, progress=bar.update,
-            )  # fmt: skip
+
+def difference(one: Figure, other: Figure, *, resamples: int = 2000, seed: int = 0) -> tuple[float, float, float]:
+    """other - one on the same problems, and its 95 % interval: problems are resampled, with both models' samples."""
+    draws = np.random.default_rng(seed).integers(len(one.top), size=(resamples, len(one.top)))
+
+    def values(figure):
+        return figure.offset + figure.scale * figure.top[draws].sum(axis=1) / figure.bottom[draws].sum(axis=1)
+
+    low, high = np.quantile(values(other) - values(one), [0.025, 0.975])
+    return other.value - one.value, float(low), float(high)
+
+
+# ---------------------------------------------------------------- sampling
+
+
+def sample_and_grade(model, tokenizer, problems, prompts, rows, world, config, *, samples: int, progress=None):
+    """Rows (problem * samples + sample) drawn and graded: the rollout, its texts, and correct [len(rows)] bool."""
+    with world.autocast():
+        sampled = rollout.sample(
+            model, [prompts[row // samples] for row in rows], list(rows), stop=rollout.stop_ids(model, tokenizer),
+            max_new_tokens=config.max_new_tokens, temperature=config.temperature, seed=config.seed, step=STEP,
+            batch_size=config.rollout.batch_size, segment=config.rollout.segment, progress=progress,
+        )  # fmt: skip
     texts = rollout.decode(tokenizer, sampled)
     verdicts = [data.is_correct(problems[row // samples], text) for row, text in zip(rows, texts)]
     correct = torch.tensor(verdicts, dtype=torch.bool, device=world.device) & sampled.stopped  # truncated: wrong
-    columns = [correct.long(), sampled.lengths, sampled.stopped.long()]
+    return sampled, texts, correct
+
+
+def evaluate(model, tokenizer, problems, world, config, *, samples: int, title: str) -> Evaluation:
+    """An evaluation during training: nothing is kept but the figures, and every rank returns all of them."""
+    prompts = rollout.encode_prompts(tokenizer, [data.render(problem, config.prompt) for problem in problems])
+    rows = world.share(len(problems) * samples)
+    with tqdm(total=len(rows), desc=title, unit="sample", leave=False, disable=not world.is_main) as bar:
+        sampled, texts, correct = sample_and_grade(model, tokenizer, problems, prompts, rows, world, config,
+                                                   samples=samples, progress=bar.update)  # fmt: skip
+    names = torch.tensor([zlib.crc32(data.answer_of(text).encode()) for text in texts], device=world.device)
+    columns = [correct.long(), names, sampled.lengths, sampled.stopped.long()]
     table = distributed.gather(torch.stack(columns, dim=1)).cpu().numpy()
-    correct, lengths, stopped = table.T.reshape(3, len(problems), samples)
+    correct, answers, lengths, stopped = table.T.reshape(4, len(problems), samples)
     entropy = distributed.gather(sampled.entropy[sampled.mask]).cpu().numpy()
-    return Evaluation(correct.astype(bool), lengths, stopped.astype(bool), entropy)
+    return Evaluation(correct.astype(bool), answers, lengths, stopped.astype(bool), entropy)
+
+
+def complete(folder: Path, settings: dict, model, tokenizer, problems, world, config) -> Path:
+    """completions.jsonl of one model on one problem file, drawn as far as it is not there yet.
+
+    Rows go in chunks of rollout.batch_size, each a file of its own once it is done: a kill loses the chunks in hand. A
+    chunk is always the same rows together, so that no cut, kill or number of ranks changes a byte.
+    """
+    done = folder / "completions.jsonl"
+    rows, size = range(len(problems) * config.samples), config.rollout.batch_size
+    chunks = [rows[first : first + size] for first in range(0, len(rows), size)]
+    if done.is_file():
+        return done
+    folder.mkdir(parents=True, exist_ok=True)
+    prompts = rollout.encode_prompts(tokenizer, [data.render(problem, config.prompt) for problem in problems])
+    rollout.check_lengths(model, prompts, config.max_new_tokens)
+    mine = [i for i in range(len(chunks)) if i % world.size == world.rank]
+    total = sum(len(chunks[i]) for i in mine)
+    with tqdm(total=total, desc=folder.name, unit="sample", disable=not world.is_main) as bar:
+        for i in mine:
+            part = folder / f"part-{i:06d}.jsonl"
+            if part.is_file():
+                bar.update(len(chunks[i]))
+                continue
+            sampled, texts, correct = sample_and_grade(model, tokenizer, problems, prompts, chunks[i], world, config,
+                                                       samples=config.samples, progress=bar.update)  # fmt: skip
+            configs.replace_text(part, completion_lines(chunks[i], sampled, texts, correct, config.samples))
+    distributed.barrier()
+    if world.is_main:
+        parts = sorted(folder.glob("part-*.jsonl"))
+        configs.replace_text(done, json.dumps(settings) + "\n" + "".join(part.read_text() for part in parts))
+        for part in parts:
+            part.unlink()
+    distributed.barrier()
+    return done
+
+
+def completion_lines(rows, sampled, texts, correct, samples: int) -> str:
+    """One JSON object a completion; token ids and entropies (to 1e-5 nats) are what d_collapse is made of."""
+    lines = []
+    for i, row in enumerate(rows):
+        mask = sampled.mask[i]
+        entropies = [round(h, 5) for h in sampled.entropy[i][mask].tolist()]
+        lines.append(json.dumps({
+            "problem": row // samples, "sample": row % samples, "text": texts[i], "correct": bool(correct[i]),
+            "length": len(entropies), "stopped": bool(sampled.stopped[i]),
+            "entropy": round(sum(entropies) / len(entropies), 5), "tokens": sampled.tokens[i][mask].tolist(),
+            "entropies": entropies,
+        }) + "\n")  # fmt: skip
+    return "".join(lines)
+
+
+def read_completions(path: Path) -> tuple[Evaluation, list[list[int]]]:
+    """The evaluation and the completions' token ids, from a completions.jsonl; its first line holds the settings."""
+    lines = path.read_text().splitlines()
+    settings, rows = json.loads(lines[0]), [json.loads(line) for line in lines[1:]]
+    shape = (-1, settings["samples"])
+
+    def column(name):
+        return np.array([row[name] for row in rows]).reshape(shape)
+
+    answers = np.array([zlib.crc32(data.answer_of(row["text"]).encode()) for row in rows]).reshape(shape)
+    entropy = np.array([h for row in rows for h in row["entropies"]], dtype=np.float32)
+    evaluation = Evaluation(column("correct"), answers, column("length"), column("stopped"), entropy)
+    return evaluation, [row["tokens"] for row in rows]
+
+
+def entropy_on(model, tokenizer, problems, completions: list[list[int]], world, config) -> np.ndarray:
+    """Token entropies of a model on given completions, flat: d_collapse without a shift of length or content."""
+    prompts = rollout.encode_prompts(tokenizer, [data.render(problem, config.prompt) for problem in problems])
+    share, size, flat = world.share(len(completions)), config.micro_batch_size, [torch.zeros(0, device=world.device)]
+    for first in tqdm(range(share.start, share.stop, size), desc="entropy on the first model's text", unit="batch",
+                      leave=False, disable=not world.is_main):  # fmt: skip
+        rows = range(first, min(first + size, share.stop))
+        given = rollout.from_completions([prompts[row // config.samples] for row in rows],
+                                         [completions[row] for row in rows], world.device)  # fmt: skip
+        scored = step.rescore(model, given, config, world)
+        flat.append(scored.entropy[scored.mask])
+    return distributed.gather(torch.cat(flat)).cpu().numpy()
+
+
+# ---------------------------------------------------------------- the command
+
+
+def fingerprint(model: str) -> str:
+    """Tells one set of weights from another under the same path: sizes and the beginning of each file."""
+    marks = []
+    for file in sorted(Path(model).glob("*.safetensors")):
+        with file.open("rb") as opened:
+            marks.append(f"{file.stat().st_size}:{zlib.crc32(opened.read(2**20)):08x}")
+    return " ".join(marks)
+
+
+def slug(text: str) -> str:
+    return text.strip("./").replace("/", "-")
 
 
 def format_table(summaries: dict[str, dict]) -> str:
@@ -138,32 +326,84 @@ def format_table(summaries: dict[str, dict]) -> str:
         value, error = figure
         return f"{value:.3f}" if error is None else f"{value:.3f} ±{error:.3f}"
 
-    lines = [["", *columns]]
-    lines += [[label, *(cell(figures.get(name)) for name in columns)] for label, figures in summaries.items()]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(columns) + 1)]
+    return aligned([["", *columns]] + [[label, *(cell(figures.get(name)) for name in columns)]
+                                       for label, figures in summaries.items()])  # fmt: skip
+
+
+def aligned(lines: list[list[str]]) -> str:
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join("  ".join(text.rjust(width) for text, width in zip(line, widths)) for line in lines)
 
 
-def describe(evaluation: Evaluation) -> str:
+def describe(evaluation: Evaluation, largest_k: int) -> str:
     """What a table's figures mean, n and k included."""
     problems, samples = evaluation.correct.shape
-    return (f"{problems} held-out problems x {samples} samples; ± is the standard error over problems; "
-            f"Pass@{samples} (k = n) is simply the share of problems solved at least once")
+    text = f"{problems} held-out problems x {samples} samples; ± is the standard error over problems"
+    if largest_k == samples:
+        text += f"; Pass@{samples} (k = n) is simply the share of problems solved at least once"
+    return text
 
 
 def main(keys: dict) -> None:
     config = configs.namespace(configs.nest(keys))
-    problems = data.heldout_problems(config.data, config.problems, vars(config.countdown))
+    if config.plot:
+        print(f"written: {plots.training_curves(configs.listed(config.plot))}")
+        return
+    ks = configs.ks(config.k, config.samples)
+    models, files = configs.listed(config.model), configs.listed(config.data)
+    problem_sets = [data.heldout_problems(file, config.problems, vars(config.countdown)) for file in files]
     world = distributed.setup()
     try:
-        model, tokenizer = rollout.load(toy.model_folder(config))
-        result = evaluate(model.to(world.device), tokenizer, problems, world, config,
-                          samples=config.samples, title="evaluation")  # fmt: skip
+        report = {}
+        for file, problems in zip(files, problem_sets):
+            report[file] = compare(models, file, problems, ks, world, config)
         if world.is_main:
-            print(format_table({config.model: result.summary()}))
-            print(describe(result))
+            out = Path("evaluations") / "evaluation.json"
+            configs.replace_text(out, json.dumps(report, indent=1) + "\n")
+            print(f"written: {out}, evaluations/*/completions.jsonl")
+            print(plots.pass_at_k_figure(report, Path("evaluations") / "pass_at_k.png"))
     finally:
         distributed.shutdown()
+
+
+def compare(models: list[str], file: str, problems: list, ks: list[int], world, config) -> dict:
+    """Every model on one problem set: the table, and each further model against the first."""
+    rows, first, base, text = {}, None, None, None
+    for name in models:
+        path = toy.model_folder(config) if name == "toy" else name
+        model, tokenizer = rollout.load(path)
+        model.to(world.device)
+        shared = ("prompt", "seed", "max_new_tokens", "temperature", "samples")
+        settings = {"model": path, "weights": fingerprint(path), "data": file,
+                    "problems": zlib.crc32(json.dumps(problems).encode()), "batch_size": config.rollout.batch_size,
+                    **{key: getattr(config, key) for key in shared}}  # fmt: skip
+        label = zlib.crc32(json.dumps(settings).encode())
+        folder = Path("evaluations") / f"{slug(path)}--{slug(file)}-{label:08x}"
+        file_of_completions = complete(folder, settings, model, tokenizer, problems, world, config)
+        evaluation, completions = read_completions(file_of_completions)
+        if first is None:
+            first, base, text = tokenizer.get_vocab(), evaluation, completions
+        fixed = None
+        if len(models) > 1 and tokenizer.get_vocab() == first:  # another vocabulary cannot read the first's tokens
+            fixed = entropy_on(model, tokenizer, problems, text, world, config)
+        rows[name] = evaluation.figures(ks, base if len(models) > 1 else None, fixed)
+    report = {name: {key: (figure.value, figure.error) for key, figure in figures.items()}
+              for name, figures in rows.items()}  # fmt: skip
+    if not world.is_main:
+        return report
+    print(f"\n{file}:\n{format_table(report)}\n{describe(evaluation, ks[-1])}")
+    if len(models) > 1:
+        print(f"\nless {models[0]}, problem by problem [95 % interval, paired bootstrap], * beyond noise:")
+        columns = [["", *rows[models[0]]]]
+        for name in models[1:]:
+            differences = {key: difference(figure, rows[name][key]) for key, figure in rows[models[0]].items()
+                           if key in rows[name]}  # fmt: skip
+            report[name]["differences"] = differences
+            cells = {key: f"{d:+.3f} [{low:+.3f}, {high:+.3f}] {'*' if low > 0 or high < 0 else ' '}"
+                     for key, (d, low, high) in differences.items()}  # fmt: skip
+            columns.append([name, *(cells.get(key, "-") for key in rows[models[0]])])
+        print(aligned([list(line) for line in zip(*columns)]))
+    return report
 
 
 if __name__ == "__main__":

@@ -135,6 +135,23 @@ class Rollout:
         return tokens, predicts
 
 
+def from_completions(prompts: list[list[int]], completions: list[list[int]], device) -> Rollout:
+    """Given completions as a Rollout without a record: to be scored, not sampled."""
+    width = max(map(len, completions))
+    tokens = torch.tensor([ids + [0] * (width - len(ids)) for ids in completions], device=device)
+    mask = torch.tensor([[True] * len(ids) + [False] * (width - len(ids)) for ids in completions], device=device)
+    blank = torch.zeros(mask.shape, device=device)
+    return Rollout(prompts, tokens, mask, mask.any(dim=1), blank, blank, blank, blank)
+
+
+def check_lengths(model, prompts: list[list[int]], max_new_tokens: int) -> None:
+    """Refuses prompts that leave no room for a completion in the model's context."""
+    longest, context = max(map(len, prompts)), model.config.max_position_embeddings
+    if longest + max_new_tokens > context:
+        raise UserError(f"max_new_tokens={max_new_tokens}: with the longest prompt of {longest} tokens it does not fit "
+                        f"the model's context of {context}; lower it or shorten the prompt")
+
+
 def stop_ids(model, tokenizer) -> list[int]:
     """Every id that ends a completion: the model's eos list (one id or many) and the tokenizer's eos."""
     eos = model.generation_config.eos_token_id

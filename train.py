@@ -52,7 +52,8 @@ def learning_rate(step: int, *, steps: int, lr: float, schedule: str, warmup: fl
 def train(config, keys: dict, folder: Path, problems: list, heldout: list, world) -> None:
     """The whole run: base evaluation, the steps, the trained evaluation, and everything under `folder`."""
     policy, tokenizer = rollout.load(toy.model_folder(config))
-    check_lengths(policy, tokenizer, problems + heldout, config)
+    texts = [data.render(problem, config.prompt) for problem in problems + heldout]
+    rollout.check_lengths(policy, rollout.encode_prompts(tokenizer, texts), config.max_new_tokens)
     policy.to(world.device).train()  # dropout is off; train mode is what gradient checkpointing asks for
     if config.gradient_checkpointing:
         policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -148,8 +149,9 @@ def train(config, keys: dict, folder: Path, problems: list, heldout: list, world
         base = evaluate.Evaluation.load(stored)
         log.metrics({"step": config.steps, **evaluation_metrics(trained, base)})
         table = {"base": base.summary(base), "trained": trained.summary(base)}
-        (folder / "evaluation.json").write_text(json.dumps(table, indent=1) + "\n")
-        say(f"\n{evaluate.format_table(table)}\n{evaluate.describe(trained)}\n\nwritten to {folder}/: config.yaml, "
+        configs.replace_text(folder / "evaluation.json", json.dumps(table, indent=1) + "\n")
+        say(f"\n{evaluate.format_table(table)}\n{evaluate.describe(trained, config.evaluation.samples)}")
+        say(f"\nwritten to {folder}/: config.yaml, "
             "metrics.jsonl (a line a step), samples.jsonl, evaluation.json, checkpoint/ (for resume=true), model/")
 
 
@@ -180,15 +182,6 @@ def memory(world) -> float:
     if world.device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-
-
-def check_lengths(policy, tokenizer, problems, config) -> None:
-    """Refuses prompts that leave no room for a completion in the model's context."""
-    prompts = rollout.encode_prompts(tokenizer, [data.render(problem, config.prompt) for problem in problems])
-    longest, context = max(map(len, prompts)), policy.config.max_position_embeddings
-    if longest + config.max_new_tokens > context:
-        raise configs.UserError(f"max_new_tokens={config.max_new_tokens}: with the longest prompt of {longest} tokens "
-                                f"it does not fit the model's context of {context}; lower it or shorten the prompt")
 
 
 def make_optimizer(policy, config):

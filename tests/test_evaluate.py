@@ -2,12 +2,21 @@
 
 import json
 import math
+import re
+import shutil
+import subprocess
+import sys
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import config as configs
 import evaluate
+import plots
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("n", range(1, 8))
@@ -56,26 +65,102 @@ def test_d_collapse_with_ties():
     assert evaluate.d_collapse(quarter, quarter) == 0
 
 
-def made_up():
+def made_up(seed=0):
+    """3 problems x 20 samples; completions of 1 to 3 tokens."""
+    rng = np.random.default_rng(seed)
     correct = np.zeros((3, 20), dtype=bool)
     correct[0, :5] = True
     correct[1, 16:] = True
-    lengths = np.arange(60).reshape(3, 20)
-    return evaluate.Evaluation(correct, lengths, lengths < 50, np.linspace(0, 1, 100, dtype=np.float32))
+    answers = rng.integers(4, size=(3, 20))
+    lengths = rng.integers(1, 4, size=(3, 20))
+    stopped = np.arange(60).reshape(3, 20) < 50
+    return evaluate.Evaluation(correct, answers, lengths, stopped, rng.random(lengths.sum()).astype(np.float32))
 
 
-def test_summary_by_hand():
-    figures = made_up().summary(base=made_up())
+def test_figures_by_hand():
+    e, other = made_up(0), made_up(1)
+    figures = {name: (f.value, f.error) for name, f in e.figures([1, 16], other).items()}
     assert figures["acc@16"][0] == pytest.approx((5 / 16 + 0 + 0) / 3)
     rates = np.array([5 / 20, 4 / 20, 0])
     assert figures["pass@1"] == (pytest.approx(rates.mean()), pytest.approx(rates.std(ddof=1) / 3**0.5))
     assert figures["pass@16"][0] == pytest.approx(evaluate.pass_at_k(20, np.array([5, 4, 0]), 16).mean())
-    assert "pass@64" not in figures  # k <= n only
-    assert figures["entropy"] == (pytest.approx(0.5), None)
-    assert figures["d_collapse"] == (0.0, None)
-    assert figures["length"][0] == 29.5
+    assert figures["distinct"][0] == np.mean([len(set(row)) for row in e.answers.tolist()])
+    assert figures["entropy"][0] == pytest.approx(e.entropy.mean(), rel=1e-6)
+    assert figures["d_collapse"][0] == pytest.approx(evaluate.d_collapse(other.entropy, e.entropy), abs=1e-9)
+    assert figures["length"][0] == pytest.approx(e.lengths.mean())
     assert figures["truncated"][0] == pytest.approx(10 / 60)
-    json.dumps(figures)
+    assert e.figures([1], e)["d_collapse"].value == pytest.approx(0, abs=1e-12)
+    json.dumps(e.summary(other))
+    assert "pass@64" not in e.summary()  # k <= n only
+
+
+def test_d_collapse_on_fixed_text():
+    """On the base's own text: 0 for the base itself, 1 for a deterministic model."""
+    e = made_up()
+    zero = np.zeros_like(e.entropy)
+    assert e.figures([1], e, e.entropy)["d_collapse fixed"].value == pytest.approx(0, abs=1e-12)
+    assert e.figures([1], e, zero)["d_collapse fixed"].value == 1
+
+
+def test_per_problem_sums_by_loops():
+    e, at = made_up(), 0
+    for p in range(3):
+        total = 0.0
+        for length in e.lengths[p]:
+            total += float(e.entropy[at : at + length].sum())
+            at += length
+        assert e.per_problem(e.entropy)[p] == pytest.approx(total, rel=1e-6)
+
+
+def test_error_of_a_ratio_is_that_of_the_jackknife():
+    """Tokens of a problem stand together: the clustered error agrees with leaving one problem out at a time."""
+    rng = np.random.default_rng(0)
+    bottom = rng.integers(20, 60, size=200).astype(float)
+    figure = evaluate.Figure(bottom * rng.normal(0.5, 0.2, size=200), bottom, offset=1.0, scale=-5.0)
+    left_out = [1 - 5 * np.delete(figure.top, i).sum() / np.delete(bottom, i).sum() for i in range(200)]
+    jackknife = np.sqrt(199 / 200 * ((left_out - np.mean(left_out)) ** 2).sum())
+    assert figure.error == pytest.approx(jackknife, rel=0.02)
+
+
+def slow_majority(answers, correct, k):
+    values = []
+    for first in range(0, len(answers) - k + 1, k):
+        part, right = answers[first : first + k], correct[first : first + k]
+        votes = {a: part.count(a) for a in part}
+        tied = [a for a in votes if votes[a] == max(votes.values())]
+        values.append(sum(right[part.index(a)] for a in tied) / len(tied))
+    return sum(values) / len(values)
+
+
+@pytest.mark.parametrize("k", [1, 3, 7, 20])
+def test_majority_at_k_against_loops(k):
+    rng = np.random.default_rng(k)
+    answers = rng.integers(5, size=(6, 20))
+    correct = answers == rng.integers(5, size=(6, 1))  # an answer is right or wrong, not a sample
+    expected = [slow_majority(a, c, k) for a, c in zip(answers.tolist(), correct.tolist())]
+    np.testing.assert_allclose(evaluate.majority_at_k(answers, correct, k), expected)
+
+
+def test_bootstrap_covers():
+    """Paired differences of known mean: the 95 % interval holds it in about 95 % of simulated evaluations."""
+    rng, held = np.random.default_rng(0), 0
+    for trial in range(300):
+        skill = rng.beta(0.5, 1.5, size=80)  # problems differ; both models share that
+        one, two = (rng.binomial(16, np.clip(skill + gain, 0, 1)) / 16 for gain in (0.0, 0.1))
+        truth = np.clip(np.array(skill) + 0.1, 0, 1).mean() - skill.mean()
+        ones = np.ones(80)
+        d, low, high = evaluate.difference(evaluate.Figure(one, ones), evaluate.Figure(two, ones), resamples=400, seed=trial)
+        held += low <= truth <= high
+        assert low <= d <= high
+    assert 0.9 <= held / 300 <= 0.99
+
+
+def test_pairing_narrows_the_interval():
+    rng = np.random.default_rng(1)
+    skill, ones = rng.random(200), np.ones(200)
+    one, two = evaluate.Figure(skill, ones), evaluate.Figure(skill + 0.01 * rng.random(200), ones)
+    _, low, high = evaluate.difference(one, two)
+    assert 0 < low < high < 0.01 and high - low < 0.1 * one.error
 
 
 def test_table_and_file_round_trip(tmp_path):
@@ -87,3 +172,150 @@ def test_table_and_file_round_trip(tmp_path):
     loaded = evaluate.Evaluation.load(tmp_path / "e.npz")
     for name, value in vars(made_up()).items():
         np.testing.assert_array_equal(getattr(loaded, name), value)
+
+
+# ---------------------------------------------------------------- the command
+
+
+SMALL = ["toy.layers=1", "toy.hidden=16", "toy.heads=2", "toy.intermediate=16", "toy.updates=40", "toy.batch=16",
+         "max_new_tokens=20", "rollout.batch_size=7", "problems=4", "samples=8"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory):
+    """Two toy models of one vocabulary, as plain folders."""
+    import toy
+
+    folder = tmp_path_factory.mktemp("models")
+    settings = {"layers": 1, "hidden": 16, "heads": 2, "intermediate": 16, "updates": 40, "batch": 16, "lr": 3e-3}
+    countdown = {"numbers": 4, "largest": 20, "limit": 99}
+    for seed, name in enumerate(("one", "two")):
+        toy.base_model(folder / name, prompt="{numbers} -> {target} :", countdown=countdown, toy=settings | {"seed": seed})
+    return folder
+
+
+def run(arguments):
+    evaluate.main(configs.evaluation_keys(arguments))
+
+
+def completions(folder):
+    return {path.parent.name: path.read_bytes() for path in Path(folder).glob("evaluations/*/completions.jsonl")}
+
+
+def test_several_models_and_files(toys, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.jsonl").write_text('{"numbers": [1, 2], "target": 3}\n{"numbers": [2, 2], "target": 4}\n')
+    run([f"models=[{toys / 'one'},{toys / 'two'}]", "data=[auto,mine.jsonl]", "k=[1,8]", *SMALL])
+    printed = capsys.readouterr().out
+    assert "auto:" in printed and "mine.jsonl:" in printed and "paired bootstrap" in printed
+    assert "Pass@8 (k = n)" in printed and printed.count("d_collapse fixed") == 4
+    report = json.loads(Path("evaluations/evaluation.json").read_text())
+    assert report.keys() == {"auto", "mine.jsonl"}
+    one, two = report["auto"].values()
+    assert one["d_collapse"][0] == one["d_collapse fixed"][0] == pytest.approx(0, abs=1e-3)  # against itself
+    assert {"acc@8", "pass@1", "pass@8", "majority@8", "distinct", "length", "truncated", "differences"} <= two.keys()
+    assert len(completions(tmp_path)) == 4
+    assert Path("evaluations/pass_at_k.png").stat().st_size > 5000
+    rows = [json.loads(line) for line in next(iter(completions(tmp_path).values())).decode().splitlines()[1:]]
+    assert [(row["problem"], row["sample"]) for row in rows] == sorted((row["problem"], row["sample"]) for row in rows)
+    assert rows[0].keys() == {"problem", "sample", "text", "correct", "length", "stopped", "entropy", "tokens", "entropies"}
+
+
+def test_killed_and_resumed_is_byte_identical(toys, tmp_path, monkeypatch):
+    for name in ("whole", "broken"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "whole")
+    run([f"model={toys / 'one'}", *SMALL])
+    monkeypatch.chdir(tmp_path / "broken")
+    sample, calls = evaluate.sample_and_grade, []
+
+    def stumble(*arguments, **named):
+        calls.append(1)
+        return sample(*arguments, **named) if len(calls) < 3 else 1 / 0
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "sample_and_grade", stumble)
+        with pytest.raises(ZeroDivisionError):
+            run([f"model={toys / 'one'}", *SMALL])
+    assert not completions(".")
+    run([f"model={toys / 'one'}", *SMALL])
+    assert completions(".") == completions(tmp_path / "whole")
+    before = len(calls)
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "sample_and_grade", stumble)
+        run([f"model={toys / 'one'}", *SMALL])  # all there: nothing is drawn again
+    assert len(calls) == before
+
+
+def test_two_ranks_write_the_same_bytes(toys, tmp_path):
+    outputs = []
+    for ranks in (1, 2):
+        folder = tmp_path / str(ranks)
+        folder.mkdir()
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        result = subprocess.run([*command, ROOT / "evaluate.py", f"models=[{toys / 'one'},{toys / 'two'}]", *SMALL],
+                                cwd=folder, capture_output=True, text=True, timeout=170)  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        outputs.append((result.stdout, completions(folder)))
+    assert outputs[0] == outputs[1] and len(outputs[0][1]) == 2
+
+
+def test_other_settings_or_weights_are_another_evaluation(toys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(toys / "one", "model")
+    run(["model=model", *SMALL])
+    run(["model=model", *SMALL, "seed=1"])
+    shutil.copy(toys / "two" / "model.safetensors", "model/model.safetensors")
+    run(["model=model", *SMALL])
+    assert len(completions(".")) == 3 and len(set(completions(".").values())) == 3
+
+
+def test_training_curves(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        Path(name).mkdir()
+        rows = [{"step": s, "reward/accuracy": 0.1, "entropy": 1.0 / s, "length/mean": 3.0} for s in range(1, 5)]
+        rows.append({"step": 4, "eval/pass@1": 0.2})
+        Path(name, "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run(["plot=a,b"])
+    assert "training_curves.png" in capsys.readouterr().out and Path("training_curves.png").stat().st_size > 5000
+    with pytest.raises(configs.UserError, match="plot=c"):
+        run(["plot=a,c"])
+
+
+def test_without_matplotlib_one_line_says_how(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert "pip install matplotlib" in plots.pass_at_k_figure({}, tmp_path / "x.png")
+
+
+def test_running_mean():
+    assert plots.running_mean([2.0, 2.0, 2.0]) == pytest.approx([2, 2, 2])
+    assert plots.running_mean([1.0, 0.0], weight=0.5) == pytest.approx([1, 1 / 3])
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [(["k=[1,32]"], "k=32 with samples=16"), (["k=[0]"], "k=[0]"), (["samples=0"], "samples=0"),
+     (["steps=3"], "steps"), (["model=[toy,nowhere]"], "nowhere: no such folder"), (["data=[auto,x.jsonl]"], "x.jsonl"),
+     (["model=[toy,]"], "several as [a,b]")],
+)  # fmt: skip
+def test_bad_input(arguments, words):
+    with pytest.raises(configs.UserError, match=re.escape(words)):
+        configs.evaluation_keys(arguments)
+
+
+def test_bad_files(toys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(toys / "one", "no-tokenizer")
+    Path("no-tokenizer/tokenizer.json").unlink()
+    Path("empty.jsonl").write_text("")
+    Path("bad.jsonl").write_text('{"numbers": [1, 2], "target": 3}\nnot json\n')
+    for arguments, words in [
+        (["model=no-tokenizer"], "holds no tokenizer.json"),
+        ([f"model={toys / 'one'}", "data=empty.jsonl"], "holds no problem"),
+        ([f"model={toys / 'one'}", "data=bad.jsonl"], "bad.jsonl, line 2 is not JSON"),
+        ([f"model={toys / 'one'}", "max_new_tokens=255"], "does not fit the model's context"),
+    ]:
+        with pytest.raises(configs.UserError, match=re.escape(words)):
+            run([*SMALL, *arguments])
+    assert not completions(".")
