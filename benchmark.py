@@ -22,12 +22,15 @@ import grpo
 import rollout
 import step as steps
 import toy
+import train
 
 STRATEGIES = ("none", "scope", "all")
 
 
 def main(keys: dict) -> None:
+    train.check_words(keys)
     config = configs.namespace(configs.nest(keys))
+    configs.require(config.grpo.updates_per_rollout == 1, "grpo.updates_per_rollout: the benchmark times one update")
     (problems, _), world = data.training_problems(config), distributed.setup()
     policy, tokenizer = rollout.load(toy.model_folder(config))
     policy.to(world.device).train()

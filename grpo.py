@@ -1,9 +1,9 @@
-"""GRPO: group advantages, token log-probabilities, and the clipped policy loss (Shao et al. 2024).
+"""GRPO (Shao et al. 2024): group advantages, token log-probabilities, the clipped policy loss, and its rivals.
 
-Left out on purpose: the value network (the group mean is the baseline) and the reference KL inside the
-loss (SCOPE's goes on selected tokens only, see scope.py). All per-token tensors are flat vectors [n] of
-*valid completion tokens*; nothing here sees padding, and nothing here takes a mean: the caller divides by
-the token count of the whole step, so that a gradient does not depend on how the step is cut up.
+Left out on purpose: the value network (the group mean is the baseline). KL penalties are in scope.py. All
+per-token tensors are flat vectors [n] of *valid completion tokens*; nothing here sees padding, and nothing
+here takes a mean: weights and counts are those of the whole update, so that a gradient does not depend on how
+the update is cut up.
 """
 
 import math
@@ -165,9 +165,9 @@ CLIPS = {"kl_cov": (1.0, math.inf), "clip_cov": (1.0, 1.0)}
 def clip_cov_tokens(
     covariance: Tensor, clipped: Tensor, *, fraction: float, low: float, high: float, seed: int
 ) -> Tensor:
-    """round(fraction * N) random tokens among those with low < C < high that are not clipped already.  -> bool [N]"""
+    """round(fraction * N) random tokens, at least 1, with low < C < high and not clipped already.  [N] -> bool [N]"""
     order = torch.randperm(len(covariance), generator=torch.Generator().manual_seed(seed)).to(covariance.device)
     candidates = (covariance > low) & (covariance < high) & ~clipped
     marked = torch.zeros_like(candidates)
-    marked[order[candidates[order]][: round(fraction * len(covariance))]] = True
+    marked[order[candidates[order]][: max(1, round(fraction * len(covariance)))]] = True
     return marked

@@ -65,11 +65,14 @@ class StatelessSampler(LogitsProcessor):
     argmax(z + Gumbel noise) is an exact sample of softmax(z). Per call it appends for its b rows: the
     token, its log-probability, the entropy of the distribution (nats), its self-certainty,
     KL(uniform || policy) = -log V - mean_v log p_v (Zhao et al. 2025), and sum_v p_v^2 (log p_v + entropy),
-    which scope.entropy_change_score is made of; all of softmax(logits / temperature).
+    which scope.entropy_change_score is made of (if asked for, else 0); all of softmax(logits / temperature).
     """
 
-    def __init__(self, rows: Tensor, position: int, *, seed: int, step: int, temperature: float):
+    def __init__(
+        self, rows: Tensor, position: int, *, seed: int, step: int, temperature: float, collision: bool = False
+    ):
         self.rows, self.position, self.seed, self.step, self.temperature = rows, position, seed, step, temperature
+        self.with_collision = collision
         self.tokens: list[Tensor] = []
         self.record: dict[str, list[Tensor]] = {name: [] for name in RECORDED}
 
@@ -84,7 +87,8 @@ class StatelessSampler(LogitsProcessor):
         self.record["logprobs"].append(logprobs.gather(1, token[:, None]).squeeze(1))
         self.record["entropy"].append(entropy)
         self.record["self_certainty"].append(-logprobs.mean(dim=-1) - math.log(logprobs.shape[-1]))
-        self.record["collision"].append((probs**2 * (logprobs + entropy[:, None])).sum(dim=-1))
+        collision = (probs**2 * (logprobs + entropy[:, None])).sum(dim=-1) if self.with_collision else entropy * 0
+        self.record["collision"].append(collision)
         self.position += 1
         return perturbed
 
@@ -201,6 +205,7 @@ def sample(
     step: int,
     batch_size: int = 256,
     segment: int = 128,
+    collision: bool = False,
     progress=None,
 ) -> Rollout:
     """Sample one completion per prompt from softmax(logits / temperature), nothing cut off.
@@ -222,7 +227,8 @@ def sample(
             ids, attention = pad_left([prompts[i] for i in alive.tolist()], device)
             cache, drawn = None, 0
             while drawn < max_new_tokens and len(alive):
-                sampler = StatelessSampler(row_keys[alive], drawn, seed=seed, step=step, temperature=temperature)
+                sampler = StatelessSampler(row_keys[alive], drawn, seed=seed, step=step, temperature=temperature,
+                                           collision=collision)  # fmt: skip
                 output = model.generate(
                     input_ids=ids,
                     attention_mask=attention,

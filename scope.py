@@ -39,7 +39,7 @@ def entropy_change_score(logprobs: Tensor, entropy: Tensor, advantages: Tensor, 
     return (advantages * (logprobs.exp() * (logprobs + entropy) - collision)).clamp(min=0)
 
 
-class Tokens(NamedTuple):
+class Candidates(NamedTuple):
     """The step's N valid tokens, flat: what a strategy may look at."""
 
     logprobs: Tensor
@@ -84,8 +84,8 @@ def select_tokens(
     # One random order of the tokens; stable sorts keep it among equals. On CPU: one stream for all devices.
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).to(logprobs.device)
     everyone = torch.ones_like(logprobs, dtype=torch.bool)
-    forking = top_k(entropy, everyone, round(forking_fraction * n), order)
-    priority, candidates = STRATEGIES[strategy](Tokens(logprobs, entropy, advantages, collision, forking))
+    forking = top_k(entropy, everyone, round(forking_fraction * n) if "forking" in strategy else 0, order)
+    priority, candidates = STRATEGIES[strategy](Candidates(logprobs, entropy, advantages, collision, forking))
     return top_k(priority, candidates, n if strategy == "all" else round(fraction * n), order)
 
 
@@ -102,17 +102,17 @@ def at_random(candidates: Tensor) -> tuple[Tensor, Tensor]:
     return torch.zeros(candidates.shape, device=candidates.device), candidates
 
 
-def positive(score: Tensor) -> tuple[Tensor, Tensor]:
+def largest_positive(score: Tensor) -> tuple[Tensor, Tensor]:
     """The largest scores, among those above 0."""
     return score, score > 0
 
 
-def sampled_geometry(t: Tokens) -> Tensor:
+def sampled_geometry(t: Candidates) -> Tensor:
     """p (1 - p) of the sampled tokens."""
     return t.logprobs.exp() * (1 - t.logprobs.exp())
 
 
-# Each: Tokens -> (priority [N], candidates bool [N]). The paper's Table 1, and its two anchors:
+# Each: Candidates -> (priority [N], candidates bool [N]). The paper's Table 1, and its two anchors:
 STRATEGIES = {
     "none": lambda t: at_random(torch.zeros_like(t.forking)),  # plain GRPO
     "uniform": lambda t: at_random(torch.ones_like(t.forking)),
@@ -121,13 +121,15 @@ STRATEGIES = {
     "forking_positive": lambda t: at_random(t.forking & (t.advantages > 0)),
     "non_forking": lambda t: at_random(~t.forking),
     "covariance": lambda t: (covariance_score(t.logprobs, t.advantages), torch.ones_like(t.forking)),
-    "scope": lambda t: positive(redistribution_score(t.logprobs.exp(), t.advantages)),
+    "scope": lambda t: largest_positive(redistribution_score(t.logprobs.exp(), t.advantages)),
     "all": lambda t: at_random(torch.ones_like(t.forking)),  # every token, whatever `fraction` says
     # Beyond the paper: the exact entropy change, and the score taken apart.
-    "entropy_change": lambda t: positive(entropy_change_score(t.logprobs, t.entropy, t.advantages, t.collision)),
-    "geometry": lambda t: positive(sampled_geometry(t)),  # p (1 - p) alone
-    "advantage": lambda t: positive(t.advantages),  # [A]+ alone
-    "magnitude": lambda t: positive(sampled_geometry(t) * t.advantages.abs()),  # p (1 - p) |A|, sign-blind
+    "entropy_change": lambda t: largest_positive(
+        entropy_change_score(t.logprobs, t.entropy, t.advantages, t.collision)
+    ),
+    "geometry": lambda t: largest_positive(sampled_geometry(t)),  # p (1 - p) alone
+    "advantage": lambda t: largest_positive(t.advantages),  # [A]+ alone
+    "magnitude": lambda t: largest_positive(sampled_geometry(t) * t.advantages.abs()),  # p (1 - p) |A|, sign-blind
 }
 
 
@@ -150,7 +152,8 @@ def k3(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
     Its mean over y ~ pi is KL(pi || pi_ref), but the mean of its gradient is that of the *other* direction,
     KL(pi_ref || pi); and on tokens selected by what was sampled not even the mean is right.
     """
-    difference = reference_logprobs.detach() - logprobs
+    # e^10 is weight enough: unbounded, one token that the policy has all but ruled out overflows the whole update.
+    difference = (reference_logprobs.detach() - logprobs).clamp(max=10)
     return difference.exp() - difference - 1
 
 

@@ -50,6 +50,7 @@ def roll_out(policy, tokenizer, stop: list[int], problems: list, step: int, conf
         sampled = rollout.sample(
             policy, prompts, rows, stop=stop, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
             seed=config.seed, step=step, batch_size=config.rollout.batch_size, segment=config.rollout.segment,
+            collision=config.selection.strategy == "entropy_change",
         )  # fmt: skip
 
     # 3 rewards: one a completion; with RLIF the grader's verdict is only logged
@@ -68,7 +69,7 @@ class Selection:
 
     selected: Tensor  # [B, C] bool: tokens that pay the KL penalty
     marked: Tensor  # [B, C] bool: tokens that the objective singles out
-    tokens: dict[str, Tensor]  # by name [N]: logprobs, entropy, advantages, collision, old_logprobs, selected, marked
+    flat: dict[str, Tensor]  # by name [N]: logprobs, entropy, advantages, collision, old_logprobs, selected, marked
 
 
 def select(current: Rollout, old_logprobs: Tensor, advantages: Tensor, config, seed: int) -> Selection:
@@ -81,38 +82,51 @@ def select(current: Rollout, old_logprobs: Tensor, advantages: Tensor, config, s
     columns = [current.logprobs, current.entropy, current.collision, advantages[:, None].expand_as(mask), old_logprobs]
     own = torch.stack([column[mask] for column in columns], dim=1)
     counts = distributed.gather(torch.tensor([len(own)], device=own.device)).tolist()
-    tokens = dict(zip(names, distributed.gather(own).unbind(dim=1)))
-    known = {name: tokens[name] for name in ("logprobs", "entropy", "advantages", "collision")}
-    known |= {"seed": seed, "forking_fraction": config.forking_fraction}
-
-    strategy = config.selection.strategy
-    tokens["selected"] = scope.select_tokens(strategy, fraction=config.selection.fraction, **known)
-    tokens["marked"] = MARKS[config.objective](tokens, known, config)
+    flat = dict(zip(names, distributed.gather(own).unbind(dim=1)))
+    arguments = {name: flat[name] for name in ("logprobs", "entropy", "advantages", "collision")}
+    arguments |= {"seed": seed, "forking_fraction": config.forking_fraction}
+    flat["selected"] = scope.select_tokens(config.selection.strategy, fraction=config.selection.fraction, **arguments)
+    flat["marked"] = MARKS[config.objective](flat, arguments, config)
 
     def own_part(chosen: Tensor) -> Tensor:
         part = torch.zeros_like(mask)
         part[mask] = chosen.split(counts)[distributed.rank()]
         return part
 
-    return Selection(own_part(tokens["selected"]), own_part(tokens["marked"]), tokens)
+    return Selection(own_part(flat["selected"]), own_part(flat["marked"]), flat)
 
 
-def clip_cov_marks(tokens: dict, known: dict, config) -> Tensor:
-    covariance = scope.covariance_score(tokens["logprobs"], tokens["advantages"])
-    ratios = (tokens["logprobs"], tokens["old_logprobs"], tokens["advantages"])
+def no_marks(flat: dict, arguments: dict, config) -> Tensor:
+    return torch.zeros_like(flat["selected"])
+
+
+def forking_rl_marks(flat: dict, arguments: dict, config) -> Tensor:
+    return scope.select_tokens("forking", fraction=config.forking_fraction, **arguments)
+
+
+def kl_cov_marks(flat: dict, arguments: dict, config) -> Tensor:
+    at_least_one = max(config.kl_cov.fraction, 1 / len(flat["selected"]))
+    return scope.select_tokens("covariance", fraction=at_least_one, **arguments)
+
+
+def clip_cov_marks(flat: dict, arguments: dict, config) -> Tensor:
+    covariance = scope.covariance_score(flat["logprobs"], flat["advantages"])
+    ratios = (flat["logprobs"], flat["old_logprobs"], flat["advantages"])
     low, high = grpo.CLIPS["clip_cov"]
     clipped = grpo.clipped(*ratios, clip_low=low, clip_high=high)
-    return grpo.clip_cov_tokens(covariance, clipped, fraction=config.clip_cov.fraction, low=config.clip_cov.low,
-                                high=config.clip_cov.high, seed=known["seed"])  # fmt: skip
+    return grpo.clip_cov_tokens(
+        covariance, clipped, fraction=config.clip_cov.fraction, low=config.clip_cov.low, high=config.clip_cov.high,
+        seed=arguments["seed"] ^ 0x9E3779B9,  # another draw than the selection's; torch seeds with 32 bits
+    )  # fmt: skip
 
 
-# The tokens that an objective singles out, of the same flat vectors: (tokens, known, config) -> bool [N].
-MARKS = {
-    "grpo": lambda t, known, config: scope.select_tokens("none", fraction=0.0, **known),
-    "div": lambda t, known, config: scope.select_tokens("none", fraction=0.0, **known),
-    "forking_rl": lambda t, known, config: scope.select_tokens("forking", fraction=config.forking_fraction, **known),
-    "kl_cov": lambda t, known, config: scope.select_tokens("covariance", fraction=config.kl_cov.fraction, **known),
-    "clip_cov": clip_cov_marks,
+# The tokens that an objective singles out, of the same flat vectors: bool [N].
+MARKS = {"grpo": no_marks, "div": no_marks, "forking_rl": forking_rl_marks, "kl_cov": kl_cov_marks,
+         "clip_cov": clip_cov_marks}  # fmt: skip
+MEAN_OVER_MARKED = {"forking_rl"}  # the others take their mean over all tokens
+ALSO_PULLED = {  # rows that an objective pulls on even where the advantage is 0: (selection, correct) -> bool [B]
+    "kl_cov": lambda selection, correct: selection.marked.any(dim=1),
+    "div": lambda selection, correct: correct,
 }
 
 
@@ -148,10 +162,10 @@ def micro_batches(
     runs only on rows where it is needed.
     """
     mask, lengths = sampled.mask, sampled.lengths
-    kept = selection.marked if config.objective == "forking_rl" else mask
+    kept, num_kept = mask, len(selection.flat["marked"])
+    if config.objective in MEAN_OVER_MARKED:
+        kept, num_kept = selection.marked, int(selection.flat["marked"].sum())
     completions = float(distributed.total(torch.tensor(len(mask), device=mask.device)))
-    marked = selection.tokens["marked"]
-    num_kept = int(marked.sum()) if config.objective == "forking_rl" else len(marked)
     sequence_weight = 1 / (lengths * completions)
     if config.grpo.normaliser == "sequence":
         weight = 1 / (kept.sum(dim=1).clamp(min=1) * completions)
@@ -161,10 +175,8 @@ def micro_batches(
     everywhere = config.grpo.kl_coef > 0
     referred = mask if everywhere else selection.selected
     pulled = (advantages != 0) | referred.any(dim=1)
-    if config.objective == "kl_cov":
-        pulled |= selection.marked.any(dim=1)
-    if config.objective == "div":
-        pulled |= correct
+    if config.objective in ALSO_PULLED:
+        pulled |= ALSO_PULLED[config.objective](selection, correct)
     if config.grpo.entropy_coef > 0:
         pulled[:] = True
 
@@ -256,7 +268,7 @@ def update(
     objective, optimizer, batches, selection: Selection, *, on_policy: bool, world, max_grad_norm: float
 ) -> dict[str, float]:
     """Step 6: one optimizer update from the gradient of all micro-batches of all ranks."""
-    num_tokens, num_selected = len(selection.tokens["selected"]), int(selection.tokens["selected"].sum())
+    num_tokens, num_selected = len(selection.flat["selected"]), int(selection.flat["selected"].sum())
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     optimizer.zero_grad(set_to_none=True)
     sums = torch.zeros(6, device=world.device)
@@ -306,23 +318,23 @@ def rescore(policy, sampled: Rollout, config, world) -> Rollout:
 # ---------------------------------------------------------------- 7
 
 
-def selection_metrics(tokens: dict[str, Tensor], config) -> dict[str, float]:
+def selection_metrics(flat: dict[str, Tensor], config) -> dict[str, float]:
     """Which tokens were taken, over all ranks."""
-    chosen = tokens["selected"]
-    scores = scope.redistribution_score(tokens["logprobs"].exp(), tokens["advantages"])
+    chosen = flat["selected"]
+    scores = scope.redistribution_score(flat["logprobs"].exp(), flat["advantages"])
     figures = {
         "selection/fraction": chosen.float().mean(),
         "selection/candidates": (scores > 0).float().mean(),
-        "objective/marked": tokens["marked"].float().mean(),
+        "objective/marked": flat["marked"].float().mean(),
     }
     if config.selection.strategy not in ("none", "all"):
         figures["selection/shortfall"] = round(config.selection.fraction * len(chosen)) - chosen.sum()
     if chosen.any():
         figures |= {
-            "selection/p": tokens["logprobs"][chosen].exp().mean(),
-            "selection/advantage": tokens["advantages"][chosen].mean(),
-            "selection/negative": (tokens["advantages"][chosen] < 0).float().mean(),
-            "selection/entropy": tokens["entropy"][chosen].mean(),
+            "selection/p": flat["logprobs"][chosen].exp().mean(),
+            "selection/advantage": flat["advantages"][chosen].mean(),
+            "selection/negative": (flat["advantages"][chosen] < 0).float().mean(),
+            "selection/entropy": flat["entropy"][chosen].mean(),
         }
     return {name: float(value) for name, value in figures.items()}
 

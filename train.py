@@ -101,6 +101,8 @@ def train(config, keys: dict, folder: Path, problems: list, heldout: list, world
             group["lr"] = rate
 
         updates, history = config.grpo.updates_per_rollout, []
+        if updates > 1:  # ratios to come are then free of what the sampler's cache and padding round differently
+            sampled = steps.rescore(policy, sampled, config, world)
         for part in range(updates):  # each update learns from its own part of the problems; usually there is one
             started = time.perf_counter()
             rows = slice(part * len(texts) // updates, (part + 1) * len(texts) // updates)
@@ -116,7 +118,7 @@ def train(config, keys: dict, folder: Path, problems: list, heldout: list, world
             batches = steps.micro_batches(own, advantages[rows], correct[rows], selection, reference, config, world)
             figures = steps.update(objective, optimizer, batches, selection, on_policy=on_policy, world=world,
                                    max_grad_norm=config.optimizer.max_grad_norm)  # fmt: skip
-            history.append(figures | steps.selection_metrics(selection.tokens, config))
+            history.append(figures | steps.selection_metrics(selection.flat, config))
             times["time/select"] += selected - started
             times["time/update"] += time.perf_counter() - selected
 
@@ -133,8 +135,8 @@ def train(config, keys: dict, folder: Path, problems: list, heldout: list, world
                     f"entropy {metrics['entropy']:.3f}, KL on selected {metrics['kl/selected']:.4f}, "
                     f"length {metrics['length/mean']:.1f}")
                 if metrics["length/frac_truncated"] > 0.5:
-                    say(f"  warning: {metrics['length/frac_truncated']:.0%} of the completions are truncated and earn "
-                        f"nothing: raise max_new_tokens={config.max_new_tokens}, or see README on stop ids")
+                    say(f"  warning: {metrics['length/frac_truncated']:.0%} of the completions are truncated: "
+                        f"raise max_new_tokens={config.max_new_tokens}, or see README on stop ids")
                 for row in range(0, len(texts), config.group_size)[:2]:  # of two different problems
                     prompt = tokenizer.decode(sampled.prompts[row])
                     log.sample(step + 1, prompt, texts[row], rewarded[row].item())
@@ -161,6 +163,7 @@ def introduction(folder: Path, policy, tokenizer, stop: list[int], problems: lis
     completions = config.prompts_per_step * config.group_size
     return (f"{folder}: {config.prompts_per_step} problems x {config.group_size} = {completions} completions a step, "
             f"{completions // world.size} on each of {world.size} rank(s) of {world.device.type}; "
+            f"{config.grpo.updates_per_rollout} update(s) each; "
             f"{config.steps} steps = {config.steps / (len(problems) // config.prompts_per_step):.2f} epochs of "
             f"{len(problems)} problems; {sum(p.numel() for p in policy.parameters()):,} parameters\n"
             f"first prompt: {tokenizer.decode(first_prompt)!r}; stop ids: {stop}")
@@ -193,11 +196,15 @@ def make_optimizer(policy, config):
     return torch.optim.AdamW(policy.parameters(), **settings)
 
 
-def main(keys: dict) -> None:
-    config = configs.namespace(configs.nest(keys))
+def check_words(keys: dict) -> None:
     words = {"reward": rewards.REWARDS, "objective": grpo.OBJECTIVES, "selection.strategy": scope.STRATEGIES}
     for key, known in words.items():
         configs.require(keys[key] in known, f"{key}={keys[key]}: give one of {', '.join(known)}")
+
+
+def main(keys: dict) -> None:
+    config = configs.namespace(configs.nest(keys))
+    check_words(keys)
     folder = checkpoint.run_folder(config, keys)
     problems, left_out = data.training_problems(config)
     heldout = data.heldout_problems(config.evaluation.data, config.evaluation.problems, vars(config.countdown))

@@ -17,8 +17,17 @@ import rollout
 import step as steps
 
 
-def step_gradient(world, *, rewards_of, micro_batch_size=4, logits_chunk=5, strategy="scope", more=()):
-    """One update of 8 prompts x 4 completions: its Selection, the gradient by parameter name, and the figures."""
+def moved(policy):
+    """The policy after some update: the ratios are no longer 1."""
+    generator = torch.Generator().manual_seed(11)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter += 0.01 * torch.randn(parameter.shape, generator=generator)
+    return policy
+
+
+def step_gradient(world, *, rewards_of, micro_batch_size=4, logits_chunk=5, strategy="scope", more=(), on_policy=True):
+    """One update of 8 prompts x 4 completions: the selection of all ranks [N], the gradient by name, the figures."""
     keys = configs.override(configs.read_defaults(), [
         "prompts_per_step=8", "group_size=4", f"selection.strategy={strategy}", "selection.kl_coef=0.7",
         "selection.fraction=0.2", f"logits_chunk={logits_chunk}", "temperature=0.9",
@@ -37,12 +46,14 @@ def step_gradient(world, *, rewards_of, micro_batch_size=4, logits_chunk=5, stra
                              max_new_tokens=16, temperature=0.9, seed=0, step=0)  # fmt: skip
     advantages = grpo.group_advantages(rewards_of(sampled, rows), 4)
     correct = torch.tensor([row % 3 == 0 for row in rows])
-    selection = steps.select(sampled, sampled.logprobs, advantages, config, seed=0)
+    current = sampled if on_policy else steps.rescore(moved(policy), sampled, config, world)
+    selection = steps.select(current, sampled.logprobs, advantages, config, seed=0)
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
     batches = steps.micro_batches(sampled, advantages, correct, selection, reference, config, world)
-    figures = steps.update(objective, optimizer, batches, selection, on_policy=True, world=world, max_grad_norm=1e9)
+    figures = steps.update(objective, optimizer, batches, selection, on_policy=on_policy, world=world,
+                           max_grad_norm=1e9)  # fmt: skip
     gradient = {name: p.grad.clone() for name, p in policy.named_parameters()}
-    return selection.tokens["selected"], gradient, figures
+    return selection.flat["selected"], gradient, figures
 
 
 def by_length(sampled, rows):

@@ -1,12 +1,13 @@
 """Every method of the paper against a slow float64 reference written from its formula: loops, no vectorisation."""
 
 import math
+import zlib
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import tiny_model
-from gradient_worker import by_length, step_gradient
+from gradient_worker import by_length, moved, step_gradient
 from test_train import ALONE, SMALL, assert_same_gradient, config_of, metrics_of
 
 import config as configs
@@ -307,14 +308,14 @@ def test_marked_tokens_of_each_objective():
         sampled = rollout.sample(policy, prompts, list(range(16)), stop=[1], max_new_tokens=9, seed=0, step=0)
         advantages = grpo.group_advantages(torch.arange(16.0) % 5, 8)
         marks[objective] = steps.select(sampled, sampled.logprobs, advantages, config, seed=0)
-    flat = marks["grpo"].tokens
+    flat = marks["grpo"].flat
     n = len(flat["logprobs"])
     assert not marks["grpo"].marked.any() and not marks["div"].marked.any()
     forking = flat["entropy"] >= flat["entropy"].sort(descending=True).values[round(0.2 * n) - 1]
-    assert (marks["forking_rl"].tokens["marked"] == forking).all()
+    assert (marks["forking_rl"].flat["marked"] == forking).all()
     covariance = scope.covariance_score(flat["logprobs"], flat["advantages"])
-    assert (marks["kl_cov"].tokens["marked"] == (covariance >= covariance.sort().values[-round(0.1 * n)])).all()
-    clip = marks["clip_cov"].tokens["marked"]
+    assert (marks["kl_cov"].flat["marked"] == (covariance >= covariance.sort().values[-round(0.1 * n)])).all()
+    clip = marks["clip_cov"].flat["marked"]
     assert 0 < clip.sum() <= round(0.1 * n) and (covariance[clip] > 0.1).all()
 
 
@@ -337,18 +338,32 @@ def test_scope_leaves_the_objectives_own_gradient_untouched(objective):
             assert_same_gradient(grpo_alone, alone, tolerance=1e-4)
 
 
-def test_regularisers_on_all_tokens_against_a_naive_objective():
-    """grpo.kl_coef is k3 to the reference, grpo.entropy_coef minus the entropy: means over all tokens of the step."""
-    _, plain, _ = step_gradient(ALONE, rewards_of=by_length, strategy="none")
-    _, both, _ = step_gradient(ALONE, rewards_of=by_length, strategy="none",
-                               more=["grpo.kl_coef=0.3", "grpo.entropy_coef=0.2"])  # fmt: skip
-    policy, reference = tiny_model(seed=0).double(), tiny_model(seed=1).double()
+CASES = [(objective, normaliser, on_policy, ()) for objective in grpo.OBJECTIVES for normaliser in ("token", "sequence")
+         for on_policy in (True, False)]  # fmt: skip
+CASES += [("grpo", "token", False, ("selection.kl=k3",)),
+          ("grpo", "token", True, ("selection.kl=k3", "grpo.kl_coef=0.3")),
+          ("forking_rl", "sequence", False, ("grpo.kl_coef=0.3", "grpo.entropy_coef=0.2"))]  # fmt: skip
+
+
+@pytest.mark.parametrize("objective, normaliser, on_policy, extra", CASES)
+def test_from_config_words_to_gradient(objective, normaliser, on_policy, extra):
+    """The whole of steps 5-6 against loops over float64 logits: marks, weights, ratios, penalty, regularisers."""
+    words = ["selection.kl_coef=0.7", "selection.fraction=0.2", f"objective={objective}", "div.coef=0.4",
+             "kl_cov.coef=2.0", f"grpo.normaliser={normaliser}", "kl_cov.fraction=0.1", "clip_cov.fraction=0.2",
+             "clip_cov.low=0.05", "grpo.clip_low=0.05", "grpo.clip_high=0.1", *extra]  # fmt: skip
+    _, gradient, figures = step_gradient(ALONE, rewards_of=by_length, more=words, on_policy=on_policy)
+    config = config_of(*words)
+
     generator = torch.Generator().manual_seed(3)
     prompts = [torch.randint(2, 40, (3 + i % 4,), generator=generator).tolist() for i in range(8)]
     prompts = [prompts[row // 4] for row in range(32)]
     sampled = rollout.sample(tiny_model(seed=0), prompts, list(range(32)), stop=[1, 5], max_new_tokens=16,
                              temperature=0.9, seed=0, step=0)  # fmt: skip
-    total, N = 0.0, int(sampled.mask.sum())
+    advantages = grpo.group_advantages(by_length(sampled, range(32)), 4).tolist()
+    policy = tiny_model(seed=0) if on_policy else moved(tiny_model(seed=0))
+    policy, reference = policy.double(), tiny_model(seed=1).double()
+
+    tokens = []  # one dictionary a token, in row order
     for b, prompt in enumerate(prompts):
         completion = sampled.tokens[b][sampled.mask[b]].tolist()
         ids = torch.tensor([prompt + completion])
@@ -356,11 +371,96 @@ def test_regularisers_on_all_tokens_against_a_naive_objective():
         with torch.no_grad():
             log_ref = torch.log_softmax(reference(ids).logits[0, len(prompt) - 1 : -1] / 0.9, -1)
         for t, y in enumerate(completion):
-            d = log_ref[t, y] - logp[t, y]
-            total = total + (0.3 * (d.exp() - d - 1) + 0.2 * (logp[t].exp() * logp[t]).sum()) / N
-    total.backward()
-    difference = {name: both[name] - plain[name] for name in both}
-    assert_same_gradient({name: p.grad for name, p in policy.named_parameters()}, difference, tolerance=1e-4)
+            p = logp[t].exp()
+            now = logp[t, y].item()
+            tokens.append({
+                "b": b, "A": advantages[b], "T": len(completion), "logp": logp[t, y], "ref": log_ref[t, y],
+                "old": now if on_policy else sampled.logprobs[b, t].item(), "H": -(p * logp[t]).sum(),
+                "D": (p * (logp[t] - log_ref[t])).sum(),
+                "s": math.exp(now) * (1 - math.exp(now)) * max(advantages[b], 0),
+            })  # fmt: skip
+    N = len(tokens)
+    mean_logp, mean_A = mean([t["logp"].item() for t in tokens]), mean([t["A"] for t in tokens])
+
+    def largest(score, k):
+        return sorted(range(N), key=lambda i: -score(tokens[i]))[:k]
+
+    marked = set()
+    if objective == "forking_rl":
+        marked = set(largest(lambda t: t["H"].item(), round(0.2 * N)))
+    if objective == "kl_cov":
+        marked = set(largest(lambda t: (t["logp"].item() - mean_logp) * (t["A"] - mean_A), round(0.1 * N)))
+    if objective == "clip_cov":  # drawn at random: the draw is taken over, its rule is tested above
+        C = torch.tensor([(t["logp"].item() - mean_logp) * (t["A"] - mean_A) for t in tokens])
+        rho = torch.tensor([math.exp(t["logp"].item() - t["old"]) for t in tokens])
+        A = torch.tensor([t["A"] for t in tokens])
+        out = ((A > 0) & (rho > 2)) | ((A < 0) & (rho < 0))
+        drawn = grpo.clip_cov_tokens(C, out, fraction=0.2, low=0.05, high=5.0, seed=0x9E3779B9)
+        marked = set(drawn.nonzero().flatten().tolist())
+        assert marked
+
+    kept = marked if objective == "forking_rl" else set(range(N))
+    loss = 0.0
+    for i, t in enumerate(tokens):
+        rho = (t["logp"] - t["old"]).exp()
+        low, high = (0.0, 2.0) if objective == "clip_cov" else (0.95, 1.1)
+        value = -torch.minimum(rho * t["A"], rho.clamp(low, high) * t["A"])
+        if objective == "kl_cov":
+            value = -rho * t["A"] + (2.0 * (t["logp"] - t["old"]).abs() if i in marked else 0.0)
+        if i not in kept or (objective == "clip_cov" and i in marked):
+            value = value * 0
+        in_row = sum(1 for j in kept if tokens[j]["b"] == t["b"])
+        loss = loss + value / (len(kept) if normaliser == "token" else 32 * max(in_row, 1))
+        if objective == "div" and t["b"] % 3 == 0:  # the rows that gradient_worker calls correct
+            loss = loss + 0.4 * rho * t["logp"] / (t["T"] * 32)
+        d = t["ref"] - t["logp"]
+        loss = loss + (config.grpo.kl_coef * (d.exp() - d - 1) - config.grpo.entropy_coef * t["H"]) / N
+    chosen = [i for i in largest(lambda t: t["s"], round(0.2 * N)) if tokens[i]["s"] > 0]
+    for i in chosen:
+        d = tokens[i]["ref"] - tokens[i]["logp"]
+        loss = loss + 0.7 * (d.exp() - d - 1 if config.selection.kl == "k3" else tokens[i]["D"]) / len(chosen)
+    loss.backward()
+    assert figures["loss"] == pytest.approx(loss.item(), rel=1e-3, abs=1e-5)
+    assert_same_gradient({name: p.grad for name, p in policy.named_parameters()}, gradient, tolerance=2e-4)
+
+
+def test_clip_covs_draw_is_not_the_selections():
+    """The same candidates and seed: the two draws overlap as chance has it, not token for token."""
+    known = {name: torch.zeros(2000) for name in ("logprobs", "entropy", "advantages")}
+    flat = known | {"old_logprobs": torch.zeros(2000), "selected": torch.zeros(2000)}
+    config = config_of("clip_cov.low=0.0", "clip_cov.fraction=0.1")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scope, "covariance_score", lambda logprobs, advantages: torch.ones(2000))
+        marked = steps.clip_cov_marks(flat, {"seed": 5}, config)
+    uniform = scope.select_tokens("uniform", fraction=0.1, seed=5, **known)
+    assert marked.sum() == uniform.sum() == 200 and (marked & uniform).sum() < 50  # 20 expected
+
+
+def test_cov_methods_mark_at_least_one_token():
+    flat = {name: torch.randn(50, generator=torch.Generator().manual_seed(i))
+            for i, name in enumerate(("logprobs", "entropy", "advantages"))}  # fmt: skip
+    arguments = flat | {"seed": 0, "collision": None, "forking_fraction": 0.2}
+    flat = flat | {"selected": torch.zeros(50), "old_logprobs": flat["logprobs"]}
+    for name in ("kl_cov", "clip_cov"):
+        marks = steps.MARKS[name](flat, arguments, config_of("clip_cov.low=0.0"))
+        assert marks.sum() == 1, name
+
+
+def test_later_updates_select_by_the_policy_as_it_is_then(in_tmp, monkeypatch):
+    """train.py itself, two updates a step: fresh log-probabilities in the second, a fresh draw in each."""
+    monkeypatch.setattr(data, "is_correct", lambda problem, text: "1" in text)
+    select, seen = steps.select, []
+
+    def spy(current, old_logprobs, advantages, config, seed):
+        seen.append(((current.logprobs - old_logprobs).abs().max().item(), seed, len(advantages)))
+        return select(current, old_logprobs, advantages, config, seed)
+
+    monkeypatch.setattr(steps, "select", spy)
+    words = ["steps=3", "grpo.updates_per_rollout=2", "name=two", "reward=token_entropy"]
+    train.main(configs.training_keys([*SMALL, *words]))
+    moved_by, seeds, rows = zip(*seen)
+    assert len(set(seeds)) == 6 and set(rows) == {8}  # 4 problems x 4 completions in two parts
+    assert all(m == 0 for m in moved_by[::2]) and all(m > 1e-4 for m in moved_by[1::2])
 
 
 # ---------------------------------------------------------------- rewards
@@ -418,8 +518,8 @@ def in_tmp(tmp_path, monkeypatch):
 def test_rlif_uses_no_labels(in_tmp, monkeypatch, reward):
     """Other answers, the same training to the last bit; only the logged accuracy differs."""
     rows, weights = {}, {}
-    for name, verdict in (("right", True), ("shuffled", False)):
-        monkeypatch.setattr(data, "is_correct", lambda problem, text, verdict=verdict: verdict)
+    for name, parity in (("right", 0), ("shuffled", 1)):  # labels that vary within a group
+        monkeypatch.setattr(data, "is_correct", lambda _, text, parity=parity: zlib.crc32(text.encode()) % 2 == parity)
         train.main(configs.training_keys([*SMALL, "steps=2", f"reward={reward}", f"name={name}"]))
         rows[name] = metrics_of(name)
         weights[name] = rollout.load(f"runs/{name}/model")[0].state_dict()
@@ -430,7 +530,8 @@ def test_rlif_uses_no_labels(in_tmp, monkeypatch, reward):
         assert {key: value for key, value in right.items() if key not in labelled} == {
             key: value for key, value in shuffled.items() if key not in labelled
         }
-    assert rows["right"][1]["reward/accuracy"] != rows["shuffled"][1]["reward/accuracy"]
+    labels = [[row.get("reward/accuracy", row.get("eval/pass@1")) for row in rows[name]] for name in rows]
+    assert labels[0] != labels[1]
     assert rows["right"][-2]["kl/selected"] > 0  # it did train
 
 
@@ -468,7 +569,7 @@ def two_steps(config, reference):
             batches = steps.micro_batches(own, advantages[rows], correct[rows], selection, reference, config, ALONE)
             figures = steps.update(objective, optimizer, batches, selection, on_policy=on_policy, world=ALONE,
                                    max_grad_norm=1.0)  # fmt: skip
-            yield figures | steps.selection_metrics(selection.tokens, config)
+            yield figures | steps.selection_metrics(selection.flat, config)
     before = tiny_model(**TINY).get_input_embeddings().weight
     assert not torch.equal(policy.get_input_embeddings().weight, before)
 

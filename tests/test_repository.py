@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 
 import config
+import grpo
+import rewards
+import scope
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(path for path in ROOT.glob("*.py"))
@@ -81,6 +84,18 @@ def test_readme_commands_parse():
         arguments = [word.strip("\"'") for word in words[script + 1 :] if "=" in word]
         defaults = config.evaluation_keys([]) if "evaluate" in words[script] else config.read_defaults()
         config.override(defaults, arguments)
+
+
+def test_readme_rows_of_methods_run():
+    """The config words in the tables: keys that exist, values of the right type, methods that are there."""
+    known = {"reward": rewards.REWARDS, "objective": grpo.OBJECTIVES, "selection.strategy": scope.STRATEGIES}
+    rows = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| ")]
+    lines = [words for row in rows for words in re.findall(r"`([^`]*=[^`]*)`", row)]
+    assert len(lines) > 20
+    for words in lines:
+        keys = config.override(config.read_defaults(), words.split())
+        config.check(keys)
+        assert all(keys[key] in names for key, names in known.items()), words
 
 
 def test_readme_names_every_file_and_metric():

@@ -107,7 +107,7 @@ def test_draws_are_independent(changes):
 def test_record_of_a_draw():
     """log p, entropy and self-certainty of the drawn token, by loops; temperature included."""
     logits = 2 * torch.randn(50, 9, generator=torch.Generator().manual_seed(1))
-    sampler = rollout.StatelessSampler(torch.arange(50), 0, seed=0, step=0, temperature=0.7)
+    sampler = rollout.StatelessSampler(torch.arange(50), 0, seed=0, step=0, temperature=0.7, collision=True)
     sampler(None, logits)
     for b in range(50):
         weights = [math.exp(z / 0.7) for z in logits[b].tolist()]

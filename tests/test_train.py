@@ -149,6 +149,12 @@ def test_rows_without_effect_are_left_out():
     assert [is_last for _, is_last in batches] == [False, True]
     assert sum(len(batch.reference_hidden) for batch, _ in batches if batch.reference_hidden is not None) == 1
     assert sum(len(batch.tokens) for batch, _ in rows("objective=div")) == 4  # and the correct row
+    marked = torch.zeros_like(sampled.mask)
+    marked[7, 0] = True
+    kl_cov = config_of("micro_batch_size=2", "objective=kl_cov")
+    selection = steps.Selection(selected, marked, made_up_selection(sampled, selected).flat)
+    batches = steps.micro_batches(sampled, advantages, correct, selection, policy, kl_cov, ALONE)
+    assert sum(len(batch.tokens) for batch, _ in batches) == 4  # and the marked row
     for everywhere in ("grpo.kl_coef=0.1", "grpo.entropy_coef=0.1"):
         assert sum(len(batch.tokens) for batch, _ in rows(everywhere)) == 8
 
@@ -436,7 +442,10 @@ def test_two_ranks_train_like_one(real_runs):
 
 def test_benchmark_prints_a_ratio(in_tmp, capsys):
     benchmark.main(configs.training_keys([*SMALL, "steps=2"]))
-    assert "1.000 x none" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert all(f"{strategy:>6}: selection and update" in printed for strategy in benchmark.STRATEGIES)
+    with pytest.raises(configs.UserError, match="objective=ppo"):
+        benchmark.main(configs.training_keys([*SMALL, "objective=ppo"]))
 
 
 def test_evaluate_command_on_a_trained_model(real_runs):
