@@ -225,7 +225,7 @@ def complete(folder: Path, settings: dict, model, tokenizer, problems, world, co
     """completions.jsonl of one model on one problem file, drawn as far as it is not there yet.
 
     Rows go in chunks of rollout.batch_size, each a file of its own once it is done: a kill loses the chunks in hand. A
-    chunk is always the same rows together, so that no cut, kill or number of ranks changes a byte.
+    chunk is always the same rows together, so that a kill changes no byte, and the number of ranks no draw.
     """
     done = folder / "completions.jsonl"
     rows, size = range(len(problems) * config.samples), config.rollout.batch_size
@@ -347,7 +347,8 @@ def describe(evaluation: Evaluation, largest_k: int) -> str:
 def main(keys: dict) -> None:
     config = configs.namespace(configs.nest(keys))
     if config.plot:
-        print(f"written: {plots.training_curves(configs.listed(config.plot))}")
+        runs = plots.read_metrics(configs.listed(config.plot))
+        print(plots.picture(Path("training_curves.png"), lambda plot: plots.training_curves(plot, runs)))
         return
     ks = configs.ks(config.k, config.samples)
     models, files = configs.listed(config.model), configs.listed(config.data)
@@ -361,7 +362,7 @@ def main(keys: dict) -> None:
             out = Path("evaluations") / "evaluation.json"
             configs.replace_text(out, json.dumps(report, indent=1) + "\n")
             print(f"written: {out}, evaluations/*/completions.jsonl")
-            print(plots.pass_at_k_figure(report, Path("evaluations") / "pass_at_k.png"))
+            print(plots.picture(Path("evaluations") / "pass_at_k.png", lambda plot: plots.pass_at_k(plot, report)))
     finally:
         distributed.shutdown()
 

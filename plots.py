@@ -5,22 +5,28 @@ from pathlib import Path
 
 from config import UserError
 
-HOW = "no picture: pip install matplotlib"
 
-
-def pass_at_k_figure(report: dict, path: Path) -> str:
-    """Pass@k over log2 k with bands of 1.96 standard errors, a line a model, a panel a problem file (paper's Figure 3).
-
-    report: {file: {model: {figure: (value, standard error)}}}. Returns the line to print.
-    """
+def picture(path: Path, draw) -> str:
+    """Saves the figure that `draw(pyplot)` makes; returns the line to print, also where there is no matplotlib."""
     try:
         import matplotlib
     except ImportError:
-        return HOW
+        return f"no {path.name}: pip install matplotlib"
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(report), figsize=(5.2 * len(report), 4), squeeze=False, layout="constrained")
+    figure = draw(pyplot)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+    return f"written: {path}"
+
+
+def pass_at_k(plot, report: dict):
+    """Pass@k over log2 k with bands of 1.96 standard errors, a line a model, a panel a problem file (paper's Figure 3).
+
+    report: {file: {model: {figure: (value, standard error)}}}.
+    """
+    figure, axes = plot.subplots(1, len(report), figsize=(5.2 * len(report), 4), squeeze=False, layout="constrained")
     for axis, (file, models) in zip(axes[0], report.items()):
         for model, figures in models.items():
             ks = [int(name[5:]) for name in figures if name.startswith("pass@")]
@@ -30,11 +36,11 @@ def pass_at_k_figure(report: dict, path: Path) -> str:
             low, high = ([v + sign * e for v, e in zip(values, errors)] for sign in (-1, 1))
             axis.fill_between(ks, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
         axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:.0f}")
         axis.set(xlabel="k", ylabel="Pass@k", title=file)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8, loc="lower right")
-    figure.savefig(path, dpi=130)
-    return f"written: {path}"
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", fontsize=8)
+    return figure
 
 
 CURVES = {  # title: the keys of metrics.jsonl that hold it, the first found is drawn
@@ -47,47 +53,40 @@ CURVES = {  # title: the keys of metrics.jsonl that hold it, the first found is 
 }
 
 
-def training_curves(folders: list[str]) -> Path:
-    """training_curves.png: six panels over the steps of several runs, from their metrics.jsonl."""
+def read_metrics(folders: list[str]) -> dict[str, list[dict]]:
+    """The rows of each run's metrics.jsonl."""
     runs = {}
     for folder in folders:
         file = Path(folder) / "metrics.jsonl"
         if not file.is_file():
             raise UserError(f"plot={folder}: no metrics.jsonl there; give folders of runs, runs/a,runs/b")
         runs[folder] = [json.loads(line) for line in file.read_text().splitlines()]
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError(HOW) from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    return runs
 
-    figure, axes = pyplot.subplots(2, 3, figsize=(14, 7), layout="constrained")
+
+def training_curves(plot, runs: dict[str, list[dict]]):
+    """Six panels over the steps of several runs."""
+    figure, axes = plot.subplots(2, 3, figsize=(14, 7), layout="constrained")
     for axis, (title, keys) in zip(axes.flat, CURVES.items()):
-        for name, rows in runs.items():
+        for i, rows in enumerate(runs.values()):
             key = next((key for key in keys if any(key in row for row in rows)), keys[0])
             points = [(row["step"], row[key]) for row in rows if key in row]
-            if not points:
-                continue
-            marker = "o" if key.startswith("eval/") else None
-            color = f"C{list(runs).index(name)}"
+            if not points or (key == "kl/selected" and not any(value for _, value in points)):
+                continue  # no token was selected
             steps, values = zip(*points)
-            axis.plot(steps, values, color=color, marker=marker, markersize=4, alpha=1 if marker else 0.25)
-            if marker is None:  # noisy: a running mean on top
-                axis.plot(steps, running_mean(values), color=color)
-            axis.plot([], [], color=color, label=name)
+            if key.startswith("eval/"):
+                axis.plot(steps, values, "o-", color=f"C{i}", markersize=4)
+            else:  # noisy: a running mean on top
+                axis.plot(steps, values, color=f"C{i}", alpha=0.25)
+                axis.plot(steps, running_mean(values), color=f"C{i}")
         axis.set(xlabel="step", title=title)
         axis.grid(alpha=0.3)
-    axes.flat[0].legend(fontsize=8)
-    path = Path("training_curves.png")
-    figure.savefig(path, dpi=130)
-    return path
+    handles = [plot.Line2D([], [], color=f"C{i}", label=name) for i, name in enumerate(runs)]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=9)
+    return figure
 
 
-def running_mean(values, weight: float = 0.9) -> list[float]:
-    """Exponential mean, each value corrected for the start: no pull towards 0 at the beginning."""
-    mean, total, result = 0.0, 0.0, []
-    for value in values:
-        mean, total = weight * mean + (1 - weight) * value, weight * total + (1 - weight)
-        result.append(mean / total)
-    return result
+def running_mean(values, reach: int = 5) -> list[float]:
+    """The mean of each value and its neighbours within `reach`: centred, so that a fall is not drawn late."""
+    windows = (values[max(0, i - reach) : i + reach + 1] for i in range(len(values)))
+    return [sum(window) / len(window) for window in windows]
