@@ -73,12 +73,12 @@ def read_jsonl(path: str) -> list[dict]:
             row = json.loads(line)
         except (ValueError, RecursionError):
             raise UserError(f"data: {path}, line {number} is not JSON: mend or remove that line") from None
-        whole = lambda x: type(x) is int  # noqa: E731  (bool is an int to isinstance)
-        if not (isinstance(row, dict) and isinstance(row.get("numbers"), list) and row["numbers"]
-                and all(map(whole, row["numbers"])) and whole(row.get("target"))):
+        numbers, target = (row.get("numbers"), row.get("target")) if isinstance(row, dict) else (None, None)
+        # type(), for True is an int to isinstance
+        if not (isinstance(numbers, list) and numbers and {type(x) for x in [*numbers, target]} == {int}):
             raise UserError(f'data: {path}, line {number} is no problem: it needs "numbers": [whole numbers] '
                             'and "target": a whole number')
-        problems.append({"numbers": row["numbers"], "target": row["target"]})
+        problems.append({"numbers": numbers, "target": target})
     if not problems:
         raise UserError(f"data: {path} holds no problem: give a file with at least one row")
     return problems
