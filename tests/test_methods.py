@@ -520,13 +520,15 @@ def test_rlif_uses_no_labels(in_tmp, monkeypatch, reward):
     rows, weights = {}, {}
     for name, parity in (("right", 0), ("shuffled", 1)):  # labels that vary within a group
         monkeypatch.setattr(data, "is_correct", lambda _, text, parity=parity: zlib.crc32(text.encode()) % 2 == parity)
-        train.main(configs.training_keys([*SMALL, "steps=2", f"reward={reward}", f"name={name}"]))
+        # Long enough for a good share of the random model's completions to stop: truncated ones count as wrong.
+        train.main(configs.training_keys([*SMALL, "steps=2", "max_new_tokens=60", f"reward={reward}", f"name={name}"]))
         rows[name] = metrics_of(name)
         weights[name] = rollout.load(f"runs/{name}/model")[0].state_dict()
     for key, weight in weights["right"].items():
         assert torch.equal(weight, weights["shuffled"][key])
     for right, shuffled in zip(rows["right"], rows["shuffled"], strict=True):
-        labelled = {key for key in right if key.startswith(("eval/acc", "eval/pass")) or key == "reward/accuracy"}
+        prefixes = ("eval/acc", "eval/pass", "eval/majority", "reward/accuracy")
+        labelled = {key for key in right if key.startswith(prefixes)}
         assert {key: value for key, value in right.items() if key not in labelled} == {
             key: value for key, value in shuffled.items() if key not in labelled
         }
@@ -541,7 +543,8 @@ def test_rlif_uses_no_labels(in_tmp, monkeypatch, reward):
 def test_rescored_record_is_the_current_policys():
     policy, config = tiny_model(), config_of("temperature=0.8", "micro_batch_size=3", "logits_chunk=4")
     sampled = rollout.sample(policy, [[2, 3], [4]] * 4, list(range(8)), stop=[1], max_new_tokens=9, temperature=0.8,
-                             seed=0, step=0)  # fmt: skip
+                             seed=0, step=0, collision=True)  # fmt: skip
+    assert sampled.collision.abs().max() > 0.01
     same = steps.rescore(policy, sampled, config, ALONE)
     for name in ("logprobs", "entropy", "collision"):
         torch.testing.assert_close(getattr(same, name), getattr(sampled, name), rtol=0, atol=1e-5)

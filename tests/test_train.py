@@ -293,7 +293,7 @@ SMALL = ["toy.layers=1", "toy.hidden=16", "toy.heads=2", "toy.intermediate=16", 
          "prompts_per_step=4", "group_size=4", "max_new_tokens=12", "evaluation.problems=3", "evaluation.samples=4",
          "evaluation.samples_between=2", "evaluation.every=2", "log_every=1", "save_every=2", "steps=4",
          "countdown_problems=50", "selection.fraction=0.3", "optimizer.lr=0.01"]  # fmt: skip
-REAL = [*SMALL, "steps=2", "toy.updates=30", "reward=trajectory_entropy", "grpo.updates_per_rollout=2",
+REAL = [*SMALL, "steps=2", "toy.updates=30", "reward=trajectory_likelihood", "grpo.updates_per_rollout=2",
         "optimizer.lr=0.001"]  # fmt: skip
 TIMES = ("time/rollout", "time/select", "time/update", "mem_gb")
 
