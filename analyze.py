@@ -250,7 +250,7 @@ def draw_step(config, world) -> Step:
     configs.require(len(every) >= config.prompts_per_step,
                     f"prompts_per_step={config.prompts_per_step}: there are only {len(every)} problems")
     problems = steps.step_problems(every, config.step, count=config.prompts_per_step, seed=config.seed)
-    policy, tokenizer = rollout.load(toy.model_folder(config))
+    policy, tokenizer = rollout.load(toy.model_folder(config.model, config))
     prompts = rollout.encode_prompts(tokenizer, [data.render(problem, config.prompt) for problem in problems])
     rollout.check_lengths(policy, prompts, config.max_new_tokens)
     stop = rollout.stop_ids(policy.to(world.device), tokenizer)

@@ -371,7 +371,7 @@ def compare(models: list[str], file: str, problems: list, ks: list[int], world, 
     """Every model on one problem set: the table, and each further model against the first."""
     rows, first, base, text = {}, None, None, None
     for name in models:
-        path = toy.model_folder(config) if name == "toy" else name
+        path = toy.model_folder(name, config)
         model, tokenizer = rollout.load(path)
         model.to(world.device)
         shared = ("prompt", "seed", "max_new_tokens", "temperature", "samples")

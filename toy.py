@@ -50,10 +50,10 @@ def chains(count: int, rng: random.Random, *, prompt: str, countdown: dict) -> l
     return pairs
 
 
-def model_folder(config) -> str:
-    """The folder or hub name to load: config.model, or for `toy` the base model, made by rank 0 if need be."""
-    if config.model != "toy":
-        return config.model
+def model_folder(model: str, config) -> str:
+    """The folder or hub name to load: `model` itself, or for `toy` the base model, made by rank 0 if need be."""
+    if model != "toy":
+        return model
     settings = {"prompt": config.prompt, "countdown": vars(config.countdown), "toy": vars(config.toy)}
     folder = Path("runs") / f"toy-base-{zlib.crc32(make_recipe(**settings).encode()):08x}"
     if distributed.rank() == 0:

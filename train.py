@@ -51,7 +51,7 @@ def learning_rate(step: int, *, steps: int, lr: float, schedule: str, warmup: fl
 
 def train(config, keys: dict, folder: Path, problems: list, heldout: list, world) -> None:
     """The whole run: base evaluation, the steps, the trained evaluation, and everything under `folder`."""
-    policy, tokenizer = rollout.load(toy.model_folder(config))
+    policy, tokenizer = rollout.load(toy.model_folder(config.model, config))
     texts = [data.render(problem, config.prompt) for problem in problems + heldout]
     rollout.check_lengths(policy, rollout.encode_prompts(tokenizer, texts), config.max_new_tokens)
     policy.to(world.device).train()  # dropout is off; train mode is what gradient checkpointing asks for

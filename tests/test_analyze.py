@@ -422,7 +422,7 @@ def test_tokens_command_of_a_run(in_tmp, capsys):
     from toy import model_folder
 
     keys = configs.override(configs.read_defaults(), [*SMALL, "seed=4", "steps=2"])
-    made = Path(model_folder(configs.namespace(configs.nest(keys))))
+    made = Path(model_folder("toy", configs.namespace(configs.nest(keys))))
     Path("runs/a").mkdir(parents=True)
     made.rename("runs/a/model")
     Path("runs/a/config.yaml").write_text(yaml.safe_dump(configs.nest(keys)))

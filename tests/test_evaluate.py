@@ -223,6 +223,14 @@ def test_several_models_and_files(toys, tmp_path, monkeypatch, capsys):
     assert rows[0].keys() == names
 
 
+def test_the_toy_among_other_models(toys, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run([f"model=[toy,{toys / 'one'}]", "samples=2", *SMALL[:-1]])
+    table = capsys.readouterr().out
+    assert re.search(r"^ *toy ", table, re.MULTILINE) and str(toys / "one") in table
+    assert len(list(Path("runs").glob("toy-base-*"))) == 1
+
+
 def test_killed_and_resumed_is_byte_identical(toys, tmp_path, monkeypatch):
     for name in ("whole", "broken"):
         (tmp_path / name).mkdir()
