@@ -75,7 +75,7 @@ class Selection:
 def select(current: Rollout, old_logprobs: Tensor, advantages: Tensor, config, seed: int) -> Selection:
     """Step 5: decided on the flat valid tokens of all ranks, so that cutting up a step changes no choice.
 
-    `current` holds the record of the current policy; old_logprobs [B, C] are the sampler's, the same in a first update.
+    `current` holds the record of the current policy; old_logprobs [B, C] are those before the step's first update.
     """
     mask = current.mask
     names = ("logprobs", "entropy", "collision", "advantages", "old_logprobs")
@@ -140,7 +140,7 @@ class MicroBatch:
     tokens: Tensor  # [b, T]
     predicts: Tensor  # [b, T] bool, n of them
     targets: Tensor  # [n]
-    old_logprobs: Tensor  # [n], recorded by the sampler
+    old_logprobs: Tensor  # [n], before the step's first update
     advantages: Tensor  # [n]
     weight: Tensor  # [n], the objective's normaliser
     sequence_weight: Tensor  # [n]

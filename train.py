@@ -85,12 +85,11 @@ def train(config, keys: dict, folder: Path, problems: list, heldout: list, world
 
     for step in tqdm(range(start, config.steps), desc="training", initial=start, total=config.steps, unit="step",
                      disable=not world.is_main):  # fmt: skip
-        times = dict.fromkeys(("time/rollout", "time/select", "time/update"), -time.perf_counter())
+        began = time.perf_counter()
 
         # 1-3 problems, rollouts, rewards
         sampled, texts, rewarded, correct = steps.roll_out(policy, tokenizer, stop, problems, step, config, world)
-        times["time/rollout"] += time.perf_counter()
-        times["time/select"] = times["time/update"] = 0.0
+        times = {"time/rollout": time.perf_counter() - began, "time/select": 0.0, "time/update": 0.0}
 
         # 4 advantages: groups are whole on a rank
         advantages = grpo.group_advantages(rewarded, config.group_size, eps=config.grpo.advantage_eps)
