@@ -1,11 +1,11 @@
-r"""Exact values of LaTeX expressions: `\frac{1}{\sqrt{2}}` and `\frac{\sqrt 2}{2}` are one number, and nothing is rounded.
+r"""Exact values of LaTeX expressions: `\frac{1}{\sqrt{2}}` and `\frac{\sqrt 2}{2}` are one number; nothing is rounded.
 
 A value is a quotient of two polynomials. A polynomial is {monomial: coefficient}, a monomial a sorted tuple of
-(atom, exponent). An atom is a name, or a prime under a root: sqrt(12) is {((3, 1/2),): 2}, and i is {((-1, 1/2),): 1}, so
-that whole powers of it turn into numbers by one rule. What has no such form (sin x, 2^n, |x|) is an atom of its own, named by
-its canonical text. Symbols under roots count as positive.
+(atom, exponent). An atom is a name, or a prime under a root: sqrt(12) is {((3, 1/2),): 2}, and i is {((-1, 1/2),): 1},
+so that one rule turns whole powers of both into numbers. What has no such form (sin x, 2^n, |x|) is an atom of its
+own, named by its canonical text. Symbols under roots count as positive.
 
-Texts come from models, so work is bounded: nesting, digits, exponents, and every product of terms is paid from a budget.
+Texts come from models, so work is bounded: nesting, digits, exponents, and a budget pays for every product of terms.
 """
 
 import re
@@ -63,8 +63,8 @@ def multiply(a: dict, b: dict, budget: Budget) -> dict:
 
 def canonical(value: tuple[dict, dict]) -> str:
     """One text for each value, to name an atom by."""
-    sums = [sorted(f"{c}" + "".join(f"*({atom})^{e}" for atom, e in m) for m, c in part.items()) for part in value]
-    text = "/".join("+".join(terms) for terms in sums)
+    terms = [[f"{c}" + "".join(f"*({atom})^{e}" for atom, e in m) for m, c in part.items()] for part in value]
+    text = "/".join("+".join(sorted(part)) for part in terms)
     if len(text) > 1000:
         raise NoValue("too long")
     return text
@@ -101,7 +101,7 @@ def primes(n: int) -> dict[int, int]:
 
 
 class Expression:
-    """Reads a text by recursive descent: a sum of products of powers of atoms. `.value()` raises NoValue if it is none."""
+    """Reads a text by recursive descent, a sum of products of powers of atoms; `.value()` raises NoValue if it is none."""
 
     def __init__(self, text: str, budget: Budget):
         self.tokens = [token for token in TOKEN.findall(text) if not token.isspace()] + ["end"]

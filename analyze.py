@@ -12,8 +12,9 @@ from pathlib import Path
 
 import config as configs
 
-RUN_KEYS = ("model", "prompt", "seed", "data", "group_size", "max_new_tokens", "temperature", "grpo.advantage_eps",
-            "selection.fraction", "forking_fraction", "rollout.", "evaluation.data", "countdown", "toy.")  # fmt: skip
+RUN_KEYS = ("model", "prompt.", "prompts_per_step", "seed", "data.", "reward.grader", "group_size", "max_new_tokens",
+            "temperature", "grpo.advantage_eps",
+            "selection.fraction", "forking_fraction", "rollout.", "evaluation.", "countdown", "toy.")  # fmt: skip
 OWN_KEYS = {
     "law": {"runs": "", "out": "analysis"},
     "tightness": {
@@ -26,7 +27,7 @@ OWN_KEYS = {
         "most": 8,  # ... or are this many
     },
     "tokens": {
-        "run": "", "out": "analysis", "step": 0, "reward": "accuracy", "selection.strategy": "scope",
+        "run": "", "out": "analysis", "step": 0, "reward.kind": "accuracy", "selection.strategy": "scope",
         "shown": 4,  # problems whose completions are shown
     },
 }  # fmt: skip
@@ -219,7 +220,8 @@ def draw_law(plot, runs: dict, fits: dict):
 # ---------------------------------------------------------------- one step, for 2 and 3
 
 # Of no interest here but read by the step; objective=forking_rl is what marks the forking tokens.
-FIXED = {"reward": "accuracy", "objective": "forking_rl", "selection.strategy": "scope", "grpo.updates_per_rollout": 1}
+FIXED = {"reward.kind": "accuracy", "objective": "forking_rl", "selection.strategy": "scope",
+         "grpo.updates_per_rollout": 1}  # fmt: skip
 OTHERS, FORCED = -2, -3  # the `step` of draws that are none of training's, nor evaluation's
 
 
@@ -242,17 +244,16 @@ class Step:
 def draw_step(config, world) -> Step:
     """What train.py does in step number config.step of a run, up to the selection."""
     known = rewards.REWARDS
-    configs.require(config.reward in known, f"reward={config.reward}: give one of {', '.join(known)}")
+    configs.require(config.reward.kind in known, f"reward={config.reward.kind}: give one of {', '.join(known)}")
     strategy = config.selection.strategy
     configs.require(strategy in scope.STRATEGIES,
                     f"selection.strategy={strategy}: give one of {', '.join(scope.STRATEGIES)}")
-    every, _ = data.training_problems(config)
+    every, _, _ = data.problem_sets(config)
+    policy, tokenizer = rollout.load(toy.model_folder(config.model, config))
+    every = steps.that_fit(policy.config, tokenizer, every, config)
     configs.require(len(every) >= config.prompts_per_step,
                     f"prompts_per_step={config.prompts_per_step}: there are only {len(every)} problems")
     problems = steps.step_problems(every, config.step, count=config.prompts_per_step, seed=config.seed)
-    policy, tokenizer = rollout.load(toy.model_folder(config.model, config))
-    prompts = rollout.encode_prompts(tokenizer, [data.render(problem, config.prompt) for problem in problems])
-    rollout.check_lengths(policy, prompts, config.max_new_tokens)
     stop = rollout.stop_ids(policy.to(world.device), tokenizer)
     sampled, _, rewarded, correct = steps.roll_out(policy, tokenizer, stop, every, config.step, config, world)
     advantages = grpo.group_advantages(rewarded, config.group_size, eps=config.grpo.advantage_eps)
@@ -465,7 +466,8 @@ def follow(drawn: Step, branches: list[tuple[int, list[int]]], count: int, step:
     texts = drawn.tokenizer.batch_decode(whole, skip_special_tokens=True)
     asked = [drawn.problems[row // config.group_size] for row, _ in branches]
     finished = [ended.get(n, whole[n][-1] in drawn.stop) for n in range(len(whole))]
-    correct = [done and data.is_correct(asked[n // count], texts[n]) for n, done in enumerate(finished)]
+    grader = config.reward.grader
+    correct = [done and data.is_correct(asked[n // count], texts[n], grader) for n, done in enumerate(finished)]
     return np.array(correct, dtype=bool).reshape(len(branches), count)
 
 

@@ -31,8 +31,9 @@ def main(keys: dict) -> None:
     train.check_words(keys)
     config = configs.namespace(configs.nest(keys))
     configs.require(config.grpo.updates_per_rollout == 1, "grpo.updates_per_rollout: the benchmark times one update")
-    (problems, _), world = data.training_problems(config), distributed.setup()
+    (problems, _, _), world = data.problem_sets(config), distributed.setup()
     policy, tokenizer = rollout.load(toy.model_folder(config.model, config))
+    problems = steps.that_fit(policy.config, tokenizer, problems, config)
     policy.to(world.device).train()
     if config.gradient_checkpointing:
         policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

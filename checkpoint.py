@@ -15,16 +15,17 @@ import distributed
 import rollout
 
 # Keys that a resumed run may give anew: they change speed, memory or what is written, not the training.
-MAY_DIFFER = {"resume", "name", "micro_batch_size", "logits_chunk", "gradient_checkpointing", "rollout.batch_size",
-              "rollout.segment", "log_every", "save_every"}  # fmt: skip
+MAY_DIFFER = {"resume", "name", "recipe", "dry_run", "micro_batch_size", "logits_chunk", "gradient_checkpointing",
+              "rollout.batch_size", "rollout.segment", "log_every", "save_every"}  # fmt: skip
 
 
 def run_folder(config, keys: dict) -> Path:
     """runs/<name>, refused if another run is in it, or if `resume` would go on with other settings."""
     name = config.name
     if name == "auto":
-        words = [Path(config.data).stem, config.reward, config.objective, config.selection.strategy]
-        name = "-".join([word for word in words if word not in ("accuracy", "grpo")] + [f"seed{config.seed}"])
+        data = "-".join(word for word in Path(config.data.file).with_suffix("").parts[-2:] if word.strip("/."))
+        words = [Path(config.model).name, data, config.reward.kind, config.objective, config.selection.strategy]
+        name = "-".join([word for word in words if word not in ("toy", "accuracy", "grpo")] + [f"seed{config.seed}"])
     folder = Path("runs") / name
     stored = folder / "config.yaml"
     if config.resume:

@@ -3,6 +3,7 @@
 Standard library and yaml only, so that a typo is told before torch is imported.
 """
 
+import importlib.util
 import math
 import os
 import sys
@@ -14,6 +15,7 @@ from types import SimpleNamespace
 import yaml
 
 DEFAULTS = Path(__file__).with_name("config.yaml")
+SHORT = {"data": "data.file", "reward": "reward.kind"}
 
 
 class UserError(Exception):
@@ -31,6 +33,13 @@ def one_line_errors():
         else:
             time.sleep(2)  # torchrun ends all ranks with the first: let rank 0 speak
         sys.exit(2)
+
+
+def print_notes(notes: list[str]) -> None:
+    """On stderr, once, from rank 0."""
+    if os.environ.get("RANK", "0") == "0":
+        for note in notes:
+            print(f"note: {note}", file=sys.stderr, flush=True)
 
 
 def read_defaults() -> dict:
@@ -64,26 +73,46 @@ def override(defaults: dict, arguments: list[str]) -> dict:
         key, equals, text = argument.partition("=")
         if not equals:
             raise UserError(f"argument {argument!r} is not key=value; for example optimizer.lr=1.0e-5")
+        key = SHORT.get(key, key)
         if key not in defaults:
             raise UserError(f"unknown config key {key!r}: the keys are {closest(key, defaults)}")
-        flat[key] = typed(key, text, defaults[key])
+        try:
+            value = text if isinstance(defaults[key], str) else yaml.safe_load(text)
+        except yaml.YAMLError:
+            value = text
+        flat[key] = typed(key, value, defaults[key], shown=text)
     return flat
 
 
-def typed(key: str, text: str, default):
-    """`text` as YAML reads it, if that has the default's type."""
-    try:
-        value = text if isinstance(default, str) else yaml.safe_load(text)
-    except yaml.YAMLError:
-        value = text
+def typed(key: str, value, default, shown: str):
+    """`value`, if it has the default's type."""
     if type(value) is int and type(default) is float:
         value = float(value)
     if type(value) is not type(default):
         mend = f"write it like {default!r}"
-        if type(default) is float and "e" in text.lower():
+        if type(default) is float and "e" in shown.lower():
             mend = "YAML reads a number like 1e-6 as text: write the mantissa with a point, 1.0e-6"
-        raise UserError(f"{key}={text}: needs {NAMES[type(default)]}; {mend}")
+        raise UserError(f"{key}={shown}: needs {NAMES[type(default)]}; {mend}")
     return value
+
+
+def recipe_keys(arguments: list[str], known: dict) -> dict:
+    """The flat keys of the last `recipe=` among the arguments, each of its default's type; none without one."""
+    file = ([word.removeprefix("recipe=") for word in arguments if word.startswith("recipe=")] or [""])[-1]
+    if not file:
+        return {}
+    try:
+        tree = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"recipe={file} cannot be read: {' '.join(str(error).split())}") from None
+    require(isinstance(tree, dict), f"recipe={file}: give a YAML file of keys as in config.yaml")
+    flat = {SHORT.get(key, key): value for key, value in flatten(tree).items()}
+    for key in flat:
+        require(key in known, f"recipe={file}: unknown config key {key!r}: the keys are {closest(key, known)}")
+    try:
+        return {key: typed(key, value, known[key], shown=str(value)) for key, value in flat.items()}
+    except UserError as error:
+        raise UserError(f"recipe={file}: {error}") from None
 
 
 NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
@@ -107,26 +136,32 @@ def namespace(tree: dict) -> SimpleNamespace:
 
 
 def training_keys(arguments: list[str]) -> dict:
-    """The flat, checked config of train.py: config.yaml and `key=value` arguments."""
-    keys = override(read_defaults(), arguments)
+    """The flat, checked config of train.py: config.yaml, a recipe laid over it, and `key=value` arguments."""
+    defaults = read_defaults()
+    keys = override(defaults | recipe_keys(arguments, defaults), arguments)
     check(keys)
     return keys
 
 
 def evaluation_keys(arguments: list[str]) -> dict:
-    """The flat, checked config of evaluate.py: the keys of config.yaml that matter there, and its own."""
+    """The flat, checked config of evaluate.py: the keys of config.yaml or a recipe that matter there, and its own."""
     defaults = read_defaults()
-    kept = ("model", "prompt", "seed", "max_new_tokens", "temperature", "micro_batch_size", "logits_chunk", "rollout.",
-            "countdown.", "toy.")  # fmt: skip
+    defaults |= recipe_keys(arguments, defaults)
+    kept = ("recipe", "model", "data.problem_field", "data.answer_field", "prompt.", "reward.grader", "seed",
+            "max_new_tokens", "temperature", "micro_batch_size", "logits_chunk", "rollout.", "countdown.",
+            "toy.")  # fmt: skip
     keys = {key: value for key, value in defaults.items() if key.startswith(kept)}
     # plot: folders of runs whose curves to draw instead. model and data: one, or several as [a,b].
-    keys |= {"data": "auto", "problems": defaults["evaluation.problems"], "samples": 16, "k": "auto", "plot": ""}
+    keys |= {"data.file": defaults["evaluation.data"], "problems": defaults["evaluation.problems"], "samples": 16,
+             "k": "auto", "plot": ""}  # fmt: skip
     keys = override(keys, [a.replace("models=", "model=", 1) if a.startswith("models=") else a for a in arguments])
-    check({key: value for key, value in keys.items() if key not in ("model", "data")})
+    check({key: value for key, value in keys.items() if key not in ("model", "data.file")})
     for model in listed(keys["model"]):
         check_model(model)
-    for file in listed(keys["data"]):
-        require(file == "auto" or Path(file).is_file(), f"data={file}: no such file")
+    for file in listed(keys["data.file"]):
+        check_file("data", file)
+        require(file != "auto" or defaults["data.file"] == "countdown",
+                f"recipe={keys['recipe']} evaluates on a share of its training file: give data=FILE")
     ks(keys["k"], keys["samples"])
     return keys
 
@@ -181,7 +216,7 @@ def check(keys: dict) -> None:
         bound(key, 0)
     for key in ("temperature", "grpo.advantage_eps", "optimizer.max_grad_norm", "toy.lr"):
         bound(key, 0, above=True)
-    for key in ("selection.fraction", "kl_cov.fraction", "clip_cov.fraction"):
+    for key in ("selection.fraction", "kl_cov.fraction", "clip_cov.fraction", "data.validation"):
         bound(key, 0, 1)
     bound("optimizer.warmup", 0, 1)
     bound("countdown.numbers", 2, 6)
@@ -193,18 +228,28 @@ def check(keys: dict) -> None:
             f"toy.hidden={keys['toy.hidden']}: give a multiple of {2 * heads}, twice toy.heads")
     if "steps" in keys:
         check_step(keys)
-    for field in ("numbers", "target"):
-        require(f"{{{field}}}" in keys["prompt"], f"prompt={keys['prompt']!r}: it must contain {{{field}}}")
-    try:
-        keys["prompt"].format(numbers="", target="")
-    except (KeyError, IndexError, ValueError) as error:
-        raise UserError(f"prompt={keys['prompt']!r}: the fields are {{numbers}} and {{target}} only, "
-                        f"and other braces are doubled ({error!r})") from None
+    for key, fields in (("countdown", ("numbers", "target")), ("math", ("problem",)), ("plain", ("problem",))):
+        for field in fields:
+            template = keys[f"prompt.{key}"]
+            require(f"{{{field}}}" in template, f"prompt.{key}={template!r}: it must contain {{{field}}}")
     if "model" in keys:
         check_model(keys["model"])
-    for key in ("data", "evaluation.data"):
-        file = keys.get(key, "auto")
-        require(file in ("countdown", "auto") or Path(file).is_file(), f"{key}={file}: no such file")
+    for key, word in (("data.file", "countdown"), ("evaluation.data", "auto")):
+        if keys.get(key, word) != word:
+            check_file(key.removesuffix(".file"), keys[key])
+    require(keys["reward.grader"] in ("exact", "math_verify"),
+            f"reward.grader={keys['reward.grader']}: give exact or math_verify")
+    require(keys["reward.grader"] == "exact" or importlib.util.find_spec("math_verify") is not None,
+            "reward.grader=math_verify needs the library of that name: pip install math-verify, or take exact")
+
+
+def is_remote(file: str) -> bool:
+    return file.startswith(("hf://", "https://", "http://"))
+
+
+def check_file(key: str, file: str) -> None:
+    """A local file must exist; a remote one is looked for when it is read."""
+    require(file == "auto" or is_remote(file) or Path(file).is_file(), f"{key}={file}: no such file")
 
 
 def check_step(keys: dict) -> None:
@@ -219,9 +264,9 @@ def check_step(keys: dict) -> None:
             f"forking_fraction={keys['forking_fraction']}: give a share of the tokens above 0 and below 1")
     require(keys["clip_cov.low"] < keys["clip_cov.high"],
             f"clip_cov.low={keys['clip_cov.low']}: give less than clip_cov.high={keys['clip_cov.high']}")
-    require(keys["objective"] != "div" or keys["reward"] == "accuracy",
-            f"objective=div with reward={keys['reward']}: its diversity term is for correct completions, so it needs "
-            "reward=accuracy")
+    require(keys["objective"] != "div" or keys["reward.kind"] == "accuracy",
+            f"objective=div with reward={keys['reward.kind']}: its diversity term is for correct completions, so it "
+            "needs reward=accuracy")
     require(keys["selection.strategy"] == "none" or keys["selection.kl_coef"] > 0,
             f"selection.kl_coef=0 with selection.strategy={keys['selection.strategy']}: the selected tokens would pay "
             "nothing; give a positive kl_coef, or selection.strategy=none")

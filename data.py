@@ -1,16 +1,18 @@
 """Problems: the Countdown generator, problems from a JSONL file, and their prompts and grades.
 
-A problem is a dict as it stands in a JSONL row. Countdown: {"numbers": [3, 5, 7, 2], "target": 24},
-"use each number once to reach the target", answered by a chain of steps: `3*5=15, 15+7=22, 22+2=24`.
+A problem is a dict. Countdown: {"numbers": [3, 5, 7, 2], "target": 24}, "use each number once to reach the target",
+answered by a chain of steps: `3*5=15, 15+7=22, 22+2=24`. Mathematics: {"problem": text, "answer": final answer,
+"level": int or None, "subject": text}, answered by a text that holds the answer in \\boxed{}.
 """
 
 import json
 import random
+import re
 import zlib
 from pathlib import Path
 
-from config import UserError
-from rewards import solves_countdown
+from config import UserError, is_remote, require
+from rewards import GRADERS, answer_key, extract_answer, solves_countdown
 
 
 def is_heldout(numbers: list[int], target: int) -> bool:
@@ -59,61 +61,216 @@ def countdown(count: int, *, heldout: bool, numbers: int, largest: int, limit: i
                     f"largest={largest}, limit={limit}: ask for fewer, or enlarge one of these")
 
 
-def read_jsonl(path: str) -> list[dict]:
-    """Countdown problems from a JSONL file, one `{"numbers": [..], "target": n}` a line; errors name file and line."""
+# ---------------------------------------------------------------- files
+
+
+def read_text(path: str) -> str:
+    """A local file's text, or that of a file on the hub (hf://datasets/owner/name/file) or the web (https://...)."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"data: cannot read {path} ({error}): give `countdown` or a JSONL file") from None
-    problems = []
-    for number, line in enumerate(lines, start=1):
+        if path.startswith("hf://"):
+            from huggingface_hub import HfFileSystem  # transformers brings it along
+
+            return HfFileSystem().read_text(path, encoding="utf-8")
+        if is_remote(path):
+            from urllib.request import urlopen
+
+            with urlopen(path, timeout=30) as answer:
+                return answer.read().decode("utf-8")
+        return Path(path).read_text(encoding="utf-8")
+    except Exception as error:  # whatever the hub's client, the network and the disk raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        mend = "check the name and the network, or download the file and give its local path" if is_remote(path) else (
+            "give `countdown` or a JSONL file in UTF-8")
+        raise UserError(f"data: cannot read {path} ({reason}): {mend}") from None
+
+
+def read_jsonl(path: str, *, problem_field: str = "auto", answer_field: str = "auto") -> tuple[list[dict], list[int]]:
+    """The problems of a JSONL file, and the numbers of the lines left out because they hold no usable gold answer.
+
+    Countdown rows have "numbers" and "target". Rows with mathematics have the fields of GSM8K, MATH and their kin:
+    see `math_problem`. Raises UserError, naming file and line, for a row that is neither.
+    """
+    problems, unusable = [], []
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
-            raise UserError(f"data: {path}, line {number} is not JSON: mend or remove that line") from None
-        numbers, target = (row.get("numbers"), row.get("target")) if isinstance(row, dict) else (None, None)
-        # type(), for True is an int to isinstance
-        if not (isinstance(numbers, list) and numbers and {type(x) for x in [*numbers, target]} == {int}):
-            raise UserError(f'data: {path}, line {number} is no problem: it needs "numbers": [whole numbers] '
-                            'and "target": a whole number')
-        problems.append({"numbers": numbers, "target": target})
+            raise UserError(f"data: {path}, line {number} is not JSON: give one JSON object a line") from None
+        try:
+            if not isinstance(row, dict):
+                raise ValueError("the row is no JSON object")
+            problem = countdown_problem(row) if "numbers" in row else math_problem(row, problem_field, answer_field)
+            if problems and problem.keys() != problems[0].keys():
+                raise ValueError("Countdown and mathematics do not go into one file")
+        except ValueError as error:
+            raise UserError(f"data: {path}, line {number} is no problem: {error}") from None
+        if problem.get("answer") == "":
+            unusable.append(number)
+        else:
+            problems.append(problem)
     if not problems:
-        raise UserError(f"data: {path} holds no problem: give a file with at least one row")
-    return problems
+        raise UserError(f"data: {path} holds no problem: give a file with at least one row"
+                        + (" that has a gold answer" if unusable else ""))  # fmt: skip
+    return problems, unusable
 
 
-def render(problem: dict, template: str) -> str:
-    """The prompt text of a problem; `template` names its fields in braces."""
-    return template.format(numbers=" ".join(map(str, problem["numbers"])), target=problem["target"])
+def countdown_problem(row: dict) -> dict:
+    numbers, target = row.get("numbers"), row.get("target")
+    # type(), for True is an int to isinstance
+    if not (isinstance(numbers, list) and numbers and {type(x) for x in [*numbers, target]} == {int}):
+        raise ValueError('it needs "numbers": [whole numbers] and "target": a whole number')
+    return {"numbers": numbers, "target": target}
 
 
-def answer_of(text: str) -> str:
-    """What two completions must share to be one answer: the chain, whatever its spaces."""
-    return "".join(text.split())
+def math_problem(row: dict, problem_field: str, answer_field: str) -> dict:
+    """A row as its owner published it, as a problem; its answer is "" where it has no usable one.
 
-
-def is_correct(problem: dict, text: str) -> bool:
-    """The verifiable reward's verdict on a completion."""
-    return solves_countdown(text, problem["numbers"], problem["target"])
-
-
-def training_problems(config) -> tuple[list[dict], int]:
-    """The problems of `data`: generated ones from the training side of the held-out split, or a file's.
-
-    Where the evaluation's problems are generated, a file's rows on their side of the split are left out;
-    their number comes second.
+    auto: the text is in problem, question or prompt; the answer in answer, or else in solution. A level may be
+    5 or "Level 5", and a subject may be called type.
     """
-    if config.data == "countdown":
-        return countdown(config.countdown_problems, heldout=False, **vars(config.countdown)), 0
-    problems = read_jsonl(config.data)
-    kept = [p for p in problems if config.evaluation.data != "auto" or not is_heldout(**p)]
-    return kept, len(problems) - len(kept)
+    row = {str(key).lower(): value for key, value in row.items()}
+    names = ["problem", "question", "prompt"] if problem_field == "auto" else [problem_field.lower()]
+    field = next((name for name in names if name in row), None)
+    if field is None:
+        raise ValueError(f'it has no "{names[0]}"; its fields are {", ".join(row) or "none"}: name the one to read '
+                         "with data.problem_field=")
+    if not isinstance(row[field], str) or not row[field].strip():
+        raise ValueError(f'"{field}" must be text, not {json.dumps(row[field])[:40]}')
+    for name in ["answer", "solution"] if answer_field == "auto" else [answer_field.lower()]:
+        answer = gold_answer(row.get(name), name)
+        if answer:
+            break
+    level = re.search(r"\d+", str(row.get("level", "")))
+    subject = row.get("subject") or row.get("type") or ""
+    return {"problem": row[field].strip(), "answer": answer, "level": level and int(level[0]), "subject": str(subject)}
 
 
-def heldout_problems(file: str, count: int, countdown_settings: dict) -> list[dict]:
-    """The first `count` problems of a file; auto: generated ones from the held-out side of the split."""
-    if file != "auto":
-        return read_jsonl(file)[:count]
-    return countdown(count, heldout=True, **countdown_settings)
+def gold_answer(value, name: str) -> str:
+    """The final answer in a field: after GSM8K's last ####, in MATH's last \\boxed{}, or the field as it stands."""
+    if type(value) in (int, float):
+        return f"{value:.15g}"
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise ValueError(f'"{name}" must be text or a number, not {json.dumps(value)[:40]}')
+    if "####" in value:
+        return value.rpartition("####")[2].strip()
+    if r"\boxed" in value or name == "solution":  # a solution's prose is no answer
+        return (extract_answer(value) or "").strip()
+    return value.strip()
+
+
+def wanted(problem: dict, conditions: str) -> bool:
+    """Whether a problem meets a data.filter such as "level=3-5; subject=Algebra,Geometry"."""
+    for condition in filter(str.strip, conditions.split(";")):
+        field, equals, values = (part.strip() for part in condition.partition("="))
+        require(bool(equals and values) and field in ("level", "subject"),
+                f'data.filter={conditions}: give level or subject, as in "level=3-5; subject=Algebra,Geometry"')
+        value = problem.get(field)
+        if field == "subject":
+            fits = str(value).lower() in [word.strip().lower() for word in values.split(",")]
+        else:
+            ranges = [re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", word) for word in values.split(",")]
+            require(all(ranges), f"data.filter={conditions}: give levels as numbers, level=3 or level=1,2 or level=3-5")
+            bounds = [(int(part[1]), int(part[2] or part[1])) for part in ranges]
+            fits = value is not None and any(low <= value <= high for low, high in bounds)
+        if not fits:
+            return False
+    return True
+
+
+# ---------------------------------------------------------------- prompts and grades
+
+
+def fill(template: str, problem: dict) -> str:
+    """The template with the problem's fields in place of their names in braces; other braces stand as they are."""
+    if "numbers" in problem:
+        numbers = " ".join(map(str, problem["numbers"]))
+        return template.replace("{numbers}", numbers).replace("{target}", str(problem["target"]))
+    return template.replace("{problem}", problem["problem"])
+
+
+def render(problem: dict, prompt, *, chat: bool) -> str:
+    """What the model is asked: the user's turn if the tokenizer has a chat template, else the whole prompt."""
+    if "numbers" in problem:
+        return fill(prompt.countdown, problem)
+    return fill(prompt.math if chat else prompt.plain, problem)
+
+
+def is_correct(problem: dict, text: str, grader: str) -> bool:
+    """The verifiable reward's verdict on a completion: for mathematics on its last \\boxed{}, and on nothing else."""
+    if "numbers" in problem:
+        return solves_countdown(text, problem["numbers"], problem["target"])
+    answer = extract_answer(text)
+    return answer is not None and GRADERS[grader](answer, problem["answer"])
+
+
+def answer_of(problem: dict, text: str) -> str:
+    """What two completions must share to be one answer: the chain whatever its spaces, the final answer's value."""
+    return "".join(text.split()) if "numbers" in problem else answer_key(extract_answer(text) or "")
+
+
+# ---------------------------------------------------------------- what is trained on, and what is held out
+
+
+def is_validation(problem: dict, share: float) -> bool:
+    """True for that share of all problems; a pure function of the problem's text, whatever the file and its order."""
+    return zlib.crc32(problem["problem"].encode()) < share * 2**32
+
+
+def evaluation_problems(config, file: str) -> tuple[list[dict], list[str]]:
+    """The problems of a file to evaluate on, and a note on the rows left out."""
+    fields = {"problem_field": config.data.problem_field, "answer_field": config.data.answer_field}
+    problems, unusable = read_jsonl(file, **fields)
+    return problems, without_answer(file, unusable)
+
+
+def without_answer(file: str, lines: list[int]) -> list[str]:
+    named = ", ".join(map(str, lines[:10])) + (", ..." if len(lines) > 10 else "")
+    return [f"{len(lines)} rows of {file} have no usable gold answer and are left out: line {named}"] if lines else []
+
+
+def problem_sets(config) -> tuple[list[dict], list[dict], list[str]]:
+    """What a run trains on, what it evaluates on, which never overlap, and a note on every row that was left out.
+
+    evaluation.data=auto: for a file of mathematics its data.validation share, else Countdown problems
+    from the held-out side of the split.
+    """
+    file, auto, heldout, notes = config.data.file, config.evaluation.data == "auto", [], []
+    if not auto:
+        heldout, notes = evaluation_problems(config, config.evaluation.data)
+    if file == "countdown":
+        problems = countdown(config.countdown_problems, heldout=False, **vars(config.countdown))
+    else:
+        problems, more = evaluation_problems(config, file)
+        notes += more
+        problems, out = parted(problems, lambda problem: wanted(problem, config.data.filter))
+        notes += left_out(out, problems, file, f"do not fit data.filter={config.data.filter}")
+        if not auto:
+            seen = {json.dumps(problem) for problem in heldout}
+            problems, out = parted(problems, lambda problem: json.dumps(problem) not in seen)
+            notes += left_out(out, problems, file, "are in evaluation.data too")
+        elif "numbers" in (problems or [{}])[0]:
+            problems, out = parted(problems, lambda problem: not is_heldout(**problem))
+            notes += left_out(out, problems, file, "are on the side that evaluation.data=auto is drawn from")
+        else:
+            problems, heldout = parted(problems, lambda problem: not is_validation(problem, config.data.validation))
+            reason = f"are the share data.validation={config.data.validation}, kept for evaluation.data=auto"
+            notes += left_out(heldout, problems, file, reason)
+            require(bool(heldout), f"data.validation={config.data.validation} of {file} is no problem at all: "
+                                   "raise it, or give evaluation.data=FILE")  # fmt: skip
+    if not heldout:
+        heldout = countdown(config.evaluation.problems, heldout=True, **vars(config.countdown))
+    return problems, heldout[: config.evaluation.problems], notes
+
+
+def parted(problems: list[dict], test) -> tuple[list[dict], list[dict]]:
+    """Those that pass the test, and the others."""
+    verdicts = [test(problem) for problem in problems]
+    return [p for p, good in zip(problems, verdicts) if good], [p for p, good in zip(problems, verdicts) if not good]
+
+
+def left_out(out: list[dict], kept: list[dict], file: str, reason: str) -> list[str]:
+    return [f"{len(out)} of {len(out) + len(kept)} problems of {file} {reason}: left out of training"] if out else []

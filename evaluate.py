@@ -201,19 +201,20 @@ def sample_and_grade(model, tokenizer, problems, prompts, rows, world, config, *
             batch_size=config.rollout.batch_size, segment=config.rollout.segment, progress=progress,
         )  # fmt: skip
     texts = rollout.decode(tokenizer, sampled)
-    verdicts = [data.is_correct(problems[row // samples], text) for row, text in zip(rows, texts)]
+    verdicts = [data.is_correct(problems[row // samples], text, config.reward.grader) for row, text in zip(rows, texts)]
     correct = torch.tensor(verdicts, dtype=torch.bool, device=world.device) & sampled.stopped  # truncated: wrong
     return sampled, texts, correct
 
 
 def evaluate(model, tokenizer, problems, world, config, *, samples: int, title: str) -> Evaluation:
     """An evaluation during training: nothing is kept but the figures, and every rank returns all of them."""
-    prompts = rollout.encode_prompts(tokenizer, [data.render(problem, config.prompt) for problem in problems])
+    prompts = step.prompt_ids(tokenizer, problems, config)
     rows = world.share(len(problems) * samples)
     with tqdm(total=len(rows), desc=title, unit="sample", leave=False, disable=not world.is_main) as bar:
         sampled, texts, correct = sample_and_grade(model, tokenizer, problems, prompts, rows, world, config,
                                                    samples=samples, progress=bar.update)  # fmt: skip
-    names = torch.tensor([zlib.crc32(data.answer_of(text).encode()) for text in texts], device=world.device)
+    answers = [data.answer_of(problems[row // samples], text) for row, text in zip(rows, texts)]
+    names = torch.tensor([zlib.crc32(answer.encode()) for answer in answers], device=world.device)
     columns = [correct.long(), names, sampled.lengths, sampled.stopped.long()]
     table = distributed.gather(torch.stack(columns, dim=1)).cpu().numpy()
     correct, answers, lengths, stopped = table.T.reshape(4, len(problems), samples)
@@ -233,8 +234,8 @@ def complete(folder: Path, settings: dict, model, tokenizer, problems, world, co
     if done.is_file():
         return done
     folder.mkdir(parents=True, exist_ok=True)
-    prompts = rollout.encode_prompts(tokenizer, [data.render(problem, config.prompt) for problem in problems])
-    rollout.check_lengths(model, prompts, config.max_new_tokens)
+    prompts = step.prompt_ids(tokenizer, problems, config)
+    rollout.check_lengths(model.config, prompts, config.max_new_tokens)
     mine = [i for i in range(len(chunks)) if i % world.size == world.rank]
     total = sum(len(chunks[i]) for i in mine)
     with tqdm(total=total, desc=folder.name, unit="sample", disable=not world.is_main) as bar:
@@ -271,7 +272,7 @@ def completion_lines(rows, sampled, texts, correct, samples: int) -> str:
     return "".join(lines)
 
 
-def read_completions(path: Path) -> tuple[Evaluation, list[list[int]]]:
+def read_completions(path: Path, problems: list) -> tuple[Evaluation, list[list[int]]]:
     """The evaluation and the completions' token ids, from a completions.jsonl; its first line holds the settings."""
     lines = path.read_text().splitlines()
     settings, rows = json.loads(lines[0]), [json.loads(line) for line in lines[1:]]
@@ -280,7 +281,8 @@ def read_completions(path: Path) -> tuple[Evaluation, list[list[int]]]:
     def column(name):
         return np.array([row[name] for row in rows]).reshape(shape)
 
-    answers = np.array([zlib.crc32(data.answer_of(row["text"]).encode()) for row in rows]).reshape(shape)
+    answers = [data.answer_of(problems[row["problem"]], row["text"]) for row in rows]
+    answers = np.array([zlib.crc32(answer.encode()) for answer in answers]).reshape(shape)
     entropy = np.array([h for row in rows for h in row["entropies"]], dtype=np.float32)
     evaluation = Evaluation(column("correct"), answers, column("length"), column("stopped"), entropy)
     return evaluation, [row["tokens"] for row in rows]
@@ -288,7 +290,7 @@ def read_completions(path: Path) -> tuple[Evaluation, list[list[int]]]:
 
 def entropy_on(model, tokenizer, problems, completions: list[list[int]], world, config) -> np.ndarray:
     """Token entropies of a model on given completions, flat: d_collapse without a shift of length or content."""
-    prompts = rollout.encode_prompts(tokenizer, [data.render(problem, config.prompt) for problem in problems])
+    prompts = step.prompt_ids(tokenizer, problems, config)
     share, size, flat = world.share(len(completions)), config.micro_batch_size, [torch.zeros(0, device=world.device)]
     for first in tqdm(range(share.start, share.stop, size), desc="entropy on the first model's text", unit="batch",
                       leave=False, disable=not world.is_main):  # fmt: skip
@@ -351,8 +353,8 @@ def main(keys: dict) -> None:
         print(plots.picture(Path("training_curves.png"), lambda plot: plots.training_curves(plot, runs)))
         return
     ks = configs.ks(config.k, config.samples)
-    models, files = configs.listed(config.model), configs.listed(config.data)
-    problem_sets = [data.heldout_problems(file, config.problems, vars(config.countdown)) for file in files]
+    models, files = configs.listed(config.model), configs.listed(config.data.file)
+    problem_sets = [problems_of(file, config) for file in files]
     world = distributed.setup()
     try:
         report = {}
@@ -367,6 +369,15 @@ def main(keys: dict) -> None:
         distributed.shutdown()
 
 
+def problems_of(file: str, config) -> list[dict]:
+    """The first config.problems of a file; auto: Countdown problems from the held-out side of the split."""
+    if file == "auto":
+        return data.countdown(config.problems, heldout=True, **vars(config.countdown))
+    problems, notes = data.evaluation_problems(config, file)
+    configs.print_notes(notes)
+    return problems[: config.problems]
+
+
 def compare(models: list[str], file: str, problems: list, ks: list[int], world, config) -> dict:
     """Every model on one problem set: the table, and each further model against the first."""
     rows, first, base, text = {}, None, None, None
@@ -374,14 +385,15 @@ def compare(models: list[str], file: str, problems: list, ks: list[int], world, 
         path = toy.model_folder(name, config)
         model, tokenizer = rollout.load(path)
         model.to(world.device)
-        shared = ("prompt", "seed", "max_new_tokens", "temperature", "samples")
-        settings = {"model": path, "weights": fingerprint(path), "data": file,
+        shared = ("seed", "max_new_tokens", "temperature", "samples")
+        settings = {"model": path, "weights": fingerprint(path), "data": file, "prompt": vars(config.prompt),
+                    "grader": config.reward.grader,
                     "problems": zlib.crc32(json.dumps(problems).encode()), "batch_size": config.rollout.batch_size,
                     **{key: getattr(config, key) for key in shared}}  # fmt: skip
         label = zlib.crc32(json.dumps(settings).encode())
         folder = Path("evaluations") / f"{slug(path)}--{slug(file)}-{label:08x}"
         file_of_completions = complete(folder, settings, model, tokenizer, problems, world, config)
-        evaluation, completions = read_completions(file_of_completions)
+        evaluation, completions = read_completions(file_of_completions, problems)
         if first is None:
             first, base, text = tokenizer.get_vocab(), evaluation, completions
         fixed = None

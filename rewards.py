@@ -9,7 +9,8 @@ from itertools import accumulate
 
 from torch import Tensor
 
-from algebra import ONE, TOKEN, Budget, Expression, NoValue, difference, equal
+from algebra import ONE, TOKEN, Budget, Expression, NoValue, canonical, difference, equal
+from verify import math_verify
 
 _STEP = re.compile(r"\s*(-?\d{1,9})\s*([-+*/])\s*(-?\d{1,9})\s*=\s*(-?\d{1,9})\s*", re.ASCII)
 
@@ -113,7 +114,7 @@ def is_equal(answer: str, gold: str) -> bool:
     if len(answer) + len(gold) > 1000:
         return answer.strip() == gold.strip() != ""
     one, other = normalise(answer), normalise(gold)
-    words = [re.sub(r"(?<!\d) | (?!\d)", "", re.sub(r"^\((\w)\)$", r"\1", text.replace('"', ""))) for text in (one, other)]
+    words = [re.sub(r'"|^\((?=\w\)$)|(?<=^\(\w)\)$|(?<!\d) | (?!\d)', "", text) for text in (one, other)]
     if words[0] == words[1] or not words[1]:
         return words[1] != ""
     if all(re.fullmatch("[a-zA-Z]{3,}", word) for word in words):
@@ -246,6 +247,25 @@ def match_relations(a: tuple, b: tuple, budget: Budget) -> bool:
     ratios = {n[monomial] / m[monomial] for monomial in n}
     return len(ratios) == 1 and (a[0][0] != "<" or ratios.pop() > 0)
 
+
+def answer_key(answer: str) -> str:
+    """A text that equal answers share, to count votes by; answers that share it are equal."""
+
+    def key(tree: tuple) -> str:
+        if tree[0] == "value":
+            return canonical(tree[1])
+        if isinstance(tree[1], list):
+            parts = [key(part) for part in tree[1]]
+            return f"{tree[0]}{sorted(parts) if tree[0] == 'list' else parts}"
+        return "".join(tree[-1].split()) if tree[0] == "text" else f"{key(tree[1])} {tree[0]} {key(tree[2])}"
+
+    try:
+        return key(read(normalise(answer[:1000]), Budget()))
+    except NoValue:
+        return answer.strip()
+
+
+GRADERS = {"exact": is_equal, "math_verify": math_verify}
 
 # ---------------------------------------------------------------- RLVR and RLIF
 

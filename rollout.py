@@ -13,7 +13,12 @@ Shapes: B completions, P padded prompt length, C padded completion length, V voc
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
+import huggingface_hub
 import torch
 import transformers
 from torch import Tensor
@@ -148,29 +153,47 @@ def from_completions(prompts: list[list[int]], completions: list[list[int]], dev
     return Rollout(prompts, tokens, mask, mask.any(dim=1), blank, blank, blank, blank)
 
 
-def check_lengths(model, prompts: list[list[int]], max_new_tokens: int) -> None:
-    """Refuses prompts that leave no room for a completion in the model's context."""
-    longest, context = max(map(len, prompts)), model.config.max_position_embeddings
+def check_lengths(shape, prompts: list[list[int]], max_new_tokens: int) -> None:
+    """Refuses prompts that leave no room for a completion in the context of a model; `shape` is its config."""
+    longest, context = max(map(len, prompts)), shape.max_position_embeddings
     if longest + max_new_tokens > context:
         raise UserError(f"max_new_tokens={max_new_tokens}: with the longest prompt of {longest} tokens it does not fit "
                         f"the model's context of {context}; lower it or shorten the prompt")
 
 
+# Special tokens by which well-known families end a turn or a text. A Qwen base model's eos is the second alone, though
+# its chat template ends turns with the first: without both it runs on into turns of its own making.
+END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "<end_of_turn>")
+
+
 def stop_ids(model, tokenizer) -> list[int]:
-    """Every id that ends a completion: the model's eos list (one id or many) and the tokenizer's eos."""
+    """Every id that ends a completion: the model's eos (one or a list), the tokenizer's eos, what ends a turn of its
+    chat template, and those of END_TOKENS that it has."""
     eos = model.generation_config.eos_token_id
-    eos = eos if isinstance(eos, list) else [eos]
-    found = sorted({i for i in [*eos, tokenizer.eos_token_id] if i is not None})
+    special = tokenizer.get_added_vocab()
+    found = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id, turn_end(tokenizer),
+             *(special.get(token) for token in END_TOKENS)} - {None}  # fmt: skip
     if not found:
         raise UserError("the model has no stop token: set eos_token_id in its generation_config.json")
-    return found
+    return sorted(found)
 
 
-def encode_prompts(tokenizer, texts: list[str]) -> list[list[int]]:
-    """Token ids of prompts, through the tokenizer's chat template where it has one."""
+def turn_end(tokenizer) -> int | None:
+    """The special token that the chat template puts behind an answer, None if there is none."""
+    if tokenizer.chat_template is None:
+        return None
+    chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "ANSWER"}]
+    rest = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("ANSWER")[2].strip()
+    first = tokenizer(rest, add_special_tokens=False).input_ids[:1]
+    return first[0] if first and first[0] in tokenizer.get_added_vocab().values() else None
+
+
+def encode_prompts(tokenizer, texts: list[str], *, system: str = "") -> list[list[int]]:
+    """Token ids of prompts, as the user's turn of the tokenizer's chat template where it has one."""
     if tokenizer.chat_template is None:
         return tokenizer(texts).input_ids
-    chats = [[{"role": "user", "content": text}] for text in texts]
+    before = [{"role": "system", "content": system}] if system else []
+    chats = [[*before, {"role": "user", "content": text}] for text in texts]
     rendered = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
     return tokenizer(rendered, add_special_tokens=False).input_ids  # the template holds the special tokens
 
@@ -301,23 +324,55 @@ def hidden_states(model, tokens: Tensor) -> Tensor:
     return model.base_model(tokens, use_cache=False).last_hidden_state
 
 
+@contextmanager
+def loading(name: str):
+    """Turns what transformers raises of a folder or hub name into one line."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        reason, mend = " ".join(str(error).split())[:300], ""
+        if not Path(name).exists():
+            mend = ": check the name and the network, or download the model and give its local folder"
+            if "local_files_only" in source(name):
+                reason = f"{huggingface_hub.constants.ENDPOINT} is out of reach, and its cache here does not hold it"
+        raise UserError(f"model={name} cannot be loaded: {reason}{mend}") from None
+
+
+@cache
+def source(name: str) -> dict:
+    """Where to load from: with no hub in reach its cache on disk at once, not after minutes of retries per file."""
+    arguments = {"trust_remote_code": False}
+    if not Path(name).exists():
+        try:
+            urlopen(Request(huggingface_hub.constants.ENDPOINT, method="HEAD"), timeout=10)
+        except HTTPError:
+            pass  # it answered
+        except OSError:
+            arguments["local_files_only"] = True
+    return arguments
+
+
+def load_tokenizer(name: str):
+    """Tokenizer and config (dropout off) from an HF folder or hub name; no weights."""
+    with loading(name):
+        # Not AutoTokenizer: that overrides the tokenizer of any Qwen2 folder, this one does as tokenizer.json says.
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(name, **source(name))
+        shape = AutoConfig.from_pretrained(name, **source(name))
+    for field, value in vars(shape).items():
+        if "dropout" in field and value:
+            setattr(shape, field, 0.0)  # a dropped unit at scoring time is a ratio other than 1
+    return tokenizer, shape
+
+
 def load(name: str):
     """Model (fp32, dropout off) and tokenizer from an HF folder or hub name.
 
     Raises UserError if it cannot be read or if its logits are not lm_head(hidden states),
     which the chunked log-probabilities in grpo.py and the sampler both rely on.
     """
-    try:
-        # Not AutoTokenizer: that overrides the tokenizer of any Qwen2 folder, this one does as tokenizer.json says.
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(name, trust_remote_code=False)
-        shape = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        for field, value in vars(shape).items():
-            if "dropout" in field and value:
-                setattr(shape, field, 0.0)  # a dropped unit at scoring time is a ratio other than 1
-        model = AutoModelForCausalLM.from_pretrained(name, config=shape, dtype=torch.float32, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"model={name} cannot be loaded: {reason[:300]}") from None
+    tokenizer, shape = load_tokenizer(name)
+    with loading(name):
+        model = AutoModelForCausalLM.from_pretrained(name, config=shape, dtype=torch.float32, **source(name))
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0  # configs that call it otherwise

@@ -19,6 +19,7 @@ import distributed
 import grpo
 import rollout
 import scope
+from config import print_notes, require
 from rewards import REWARDS
 from rollout import Rollout, hidden_states
 
@@ -30,6 +31,24 @@ def step_problems(problems: list, step: int, *, count: int, seed: int) -> list:
     epoch, place = divmod(step, len(problems) // count)
     order = np.random.default_rng([seed, epoch]).permutation(len(problems))
     return [problems[i] for i in order[place * count : (place + 1) * count]]
+
+
+def prompt_ids(tokenizer, problems: list, config) -> list[list[int]]:
+    """Token ids of the problems' prompts: the same in training, evaluation and analysis."""
+    texts = [data.render(problem, config.prompt, chat=tokenizer.chat_template is not None) for problem in problems]
+    return rollout.encode_prompts(tokenizer, texts, system=config.prompt.system)
+
+
+def that_fit(shape, tokenizer, problems: list, config) -> list:
+    """The problems that fit the context of a model with their completions; `shape` is its config."""
+    room = shape.max_position_embeddings - config.max_new_tokens
+    lengths = [len(ids) for ids in prompt_ids(tokenizer, problems, config)]
+    kept = [problem for problem, length in zip(problems, lengths) if length <= room]
+    told = (f"max_new_tokens={config.max_new_tokens}: with prompts of up to {max(lengths)} tokens {len(kept)} of "
+            f"{len(problems)} problems fit the model's context of {shape.max_position_embeddings}")  # fmt: skip
+    require(len(kept) >= config.prompts_per_step, f"{told}; lower it or shorten the prompt")
+    print_notes([f"{told}; the others are left out of training"] * (len(kept) < len(problems)))
+    return kept
 
 
 def roll_out(policy, tokenizer, stop: list[int], problems: list, step: int, config, world):
@@ -45,7 +64,7 @@ def roll_out(policy, tokenizer, stop: list[int], problems: list, step: int, conf
     asked = [drawn[row // config.group_size] for row in rows]
 
     # 2 rollouts: rows are numbered over all ranks, so that their draws do not depend on the number of ranks
-    prompts = rollout.encode_prompts(tokenizer, [data.render(problem, config.prompt) for problem in asked])
+    prompts = prompt_ids(tokenizer, asked, config)
     with world.autocast():
         sampled = rollout.sample(
             policy, prompts, rows, stop=stop, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
@@ -55,9 +74,9 @@ def roll_out(policy, tokenizer, stop: list[int], problems: list, step: int, conf
 
     # 3 rewards: one a completion; with RLIF the grader's verdict is only logged
     texts = rollout.decode(tokenizer, sampled)
-    verdicts = [data.is_correct(problem, text) for problem, text in zip(asked, texts)]
+    verdicts = [data.is_correct(problem, text, config.reward.grader) for problem, text in zip(asked, texts)]
     correct = torch.tensor(verdicts, dtype=torch.bool, device=world.device) & sampled.stopped  # truncated: wrong
-    return sampled, texts, REWARDS[config.reward](correct, sampled), correct
+    return sampled, texts, REWARDS[config.reward.kind](correct, sampled), correct
 
 
 # ---------------------------------------------------------------- 5

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 import distributed
 import rollout
-from data import is_heldout, random_chain, render
+from data import fill, is_heldout, random_chain
 
 SYMBOLS = ["<pad>", "<eos>", "+", "-", "*", "/", "=", ",", "->", ":"]
 
@@ -46,7 +46,7 @@ def chains(count: int, rng: random.Random, *, prompt: str, countdown: dict) -> l
     while len(pairs) < count:
         problem, chain = random_chain(rng, **countdown)
         if not is_heldout(**problem):
-            pairs.append((render(problem, prompt), chain))
+            pairs.append((fill(prompt, problem), chain))
     return pairs
 
 
@@ -54,7 +54,7 @@ def model_folder(model: str, config) -> str:
     """The folder or hub name to load: `model` itself, or for `toy` the base model, made by rank 0 if need be."""
     if model != "toy":
         return model
-    settings = {"prompt": config.prompt, "countdown": vars(config.countdown), "toy": vars(config.toy)}
+    settings = {"prompt": config.prompt.countdown, "countdown": vars(config.countdown), "toy": vars(config.toy)}
     folder = Path("runs") / f"toy-base-{zlib.crc32(make_recipe(**settings).encode()):08x}"
     if distributed.rank() == 0:
         base_model(folder, **settings)
@@ -90,18 +90,23 @@ def base_model(folder: Path, *, prompt: str, countdown: dict, toy: dict) -> Path
     return folder
 
 
+def model_shape(tokenizer, toy: dict) -> Qwen2Config:
+    return Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=toy["hidden"], num_hidden_layers=toy["layers"],
+        num_attention_heads=toy["heads"], num_key_value_heads=max(1, toy["heads"] // 2),
+        intermediate_size=toy["intermediate"], max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+
+
 def warm_start(*, prompt: str, countdown: dict, layers: int, hidden: int, heads: int, intermediate: int,
                updates: int, batch: int, lr: float, seed: int):
     """Trains the tiny model on random chains by next-token prediction, loss on the chain and its end only."""
     started = time.time()
     tokenizer = make_tokenizer(countdown["limit"])
     torch.manual_seed(seed)
-    model = Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=max(1, heads // 2), intermediate_size=intermediate, max_position_embeddings=256,
-        tie_word_embeddings=True, bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    ))  # fmt: skip
+    shape = {"hidden": hidden, "layers": layers, "heads": heads, "intermediate": intermediate}
+    model = Qwen2ForCausalLM(model_shape(tokenizer, shape))
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.1)
     rng = random.Random(seed)
     bar = tqdm(range(updates), desc="warm start of the toy base model", unit="update", mininterval=0.5)

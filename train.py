@@ -19,6 +19,7 @@ if __name__ == "__main__":  # before torch is imported: a typo is told at once
 import copy
 import json
 import math
+import os
 import resource
 import time
 from pathlib import Path
@@ -30,6 +31,7 @@ from tqdm import tqdm
 import checkpoint
 import data
 import distributed
+import dry_run
 import evaluate
 import grpo
 import rewards
@@ -52,8 +54,8 @@ def learning_rate(step: int, *, steps: int, lr: float, schedule: str, warmup: fl
 def train(config, keys: dict, folder: Path, problems: list, heldout: list, world) -> None:
     """The whole run: base evaluation, the steps, the trained evaluation, and everything under `folder`."""
     policy, tokenizer = rollout.load(toy.model_folder(config.model, config))
-    texts = [data.render(problem, config.prompt) for problem in problems + heldout]
-    rollout.check_lengths(policy, rollout.encode_prompts(tokenizer, texts), config.max_new_tokens)
+    problems = steps.that_fit(policy.config, tokenizer, problems, config)
+    rollout.check_lengths(policy.config, steps.prompt_ids(tokenizer, heldout, config), config.max_new_tokens)
     policy.to(world.device).train()  # dropout is off; train mode is what gradient checkpointing asks for
     if config.gradient_checkpointing:
         policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -158,7 +160,7 @@ def train(config, keys: dict, folder: Path, problems: list, heldout: list, world
 
 def introduction(folder: Path, policy, tokenizer, stop: list[int], problems: list, config, world) -> str:
     """What the run will do, in numbers, and what the model will see."""
-    first_prompt = rollout.encode_prompts(tokenizer, [data.render(problems[0], config.prompt)])[0]
+    first_prompt = steps.prompt_ids(tokenizer, problems[:1], config)[0]
     completions = config.prompts_per_step * config.group_size
     return (f"{folder}: {config.prompts_per_step} problems x {config.group_size} = {completions} completions a step, "
             f"{completions // world.size} on each of {world.size} rank(s) of {world.device.type}; "
@@ -196,27 +198,28 @@ def make_optimizer(policy, config):
 
 
 def check_words(keys: dict) -> None:
-    words = {"reward": rewards.REWARDS, "objective": grpo.OBJECTIVES, "selection.strategy": scope.STRATEGIES}
+    words = {"reward.kind": rewards.REWARDS, "objective": grpo.OBJECTIVES, "selection.strategy": scope.STRATEGIES}
     for key, known in words.items():
-        configs.require(keys[key] in known, f"{key}={keys[key]}: give one of {', '.join(known)}")
+        configs.require(keys[key] in known, f"{key.removesuffix('.kind')}={keys[key]}: give one of {', '.join(known)}")
 
 
 def main(keys: dict) -> None:
     config = configs.namespace(configs.nest(keys))
     check_words(keys)
-    folder = checkpoint.run_folder(config, keys)
-    problems, left_out = data.training_problems(config)
-    heldout = data.heldout_problems(config.evaluation.data, config.evaluation.problems, vars(config.countdown))
+    folder = None if config.dry_run else checkpoint.run_folder(config, keys)
+    problems, heldout, notes = data.problem_sets(config)
     configs.require(len(problems) >= config.prompts_per_step,
-                    f"prompts_per_step={config.prompts_per_step}: {config.data} has only {len(problems)} problems to "
-                    f"train on and {left_out} left out for evaluation; lower it or give more")
+                    f"prompts_per_step={config.prompts_per_step}: there are only {len(problems)} problems to train on; "
+                    + "; ".join(["lower it or give more", *notes]))  # fmt: skip
+    configs.print_notes(notes)
+    if config.dry_run:
+        if os.environ.get("RANK", "0") == "0":
+            print(dry_run.report(config, keys, problems, heldout))
+        return
     world = distributed.setup()
-    if left_out and world.is_main:
-        print(f"note: {left_out} rows of {config.data} lie on the side of the split that evaluation.data=auto is drawn "
-              "from, and are left out of training", file=sys.stderr)  # fmt: skip
-    if config.objective == "kl_cov" and config.grpo.updates_per_rollout == 1 and world.is_main:
-        print("note: objective=kl_cov has no effect with one update per rollout, for its penalty is to the policy that "
-              "sampled; give grpo.updates_per_rollout=2 or more", file=sys.stderr)  # fmt: skip
+    if config.objective == "kl_cov" and config.grpo.updates_per_rollout == 1:
+        configs.print_notes(["objective=kl_cov has no effect with one update per rollout, for its penalty is to the "
+                             "policy that sampled; give grpo.updates_per_rollout=2 or more"])  # fmt: skip
     try:
         train(config, keys, folder, problems, heldout, world)
     finally:

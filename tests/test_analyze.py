@@ -244,8 +244,8 @@ class Letters:
 @pytest.fixture
 def followed(model, prompts, monkeypatch):
     """Rollouts of a tiny model with stop ids 1 and 5, and a grader that likes an even sum."""
-    monkeypatch.setattr(data, "is_correct", lambda problem, text: sum(map(int, text.split())) % 2 == problem)
-    config = SimpleNamespace(max_new_tokens=9, temperature=0.9, seed=3, group_size=2,
+    monkeypatch.setattr(data, "is_correct", lambda problem, text, grader: sum(map(int, text.split())) % 2 == problem)
+    config = SimpleNamespace(max_new_tokens=9, temperature=0.9, seed=3, group_size=2, reward=SimpleNamespace(grader="exact"),
                              rollout=SimpleNamespace(batch_size=50, segment=4))  # fmt: skip
     sampled = rollout.sample(model, prompts, list(range(12)), stop=[1, 5], max_new_tokens=9, temperature=0.9, seed=3,
                              step=0)  # fmt: skip
@@ -392,7 +392,7 @@ def test_ansi():
 def in_tmp(tmp_path, monkeypatch):
     """A working folder of its own, and a reward that a random model earns now and then."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(data, "is_correct", lambda problem, text: text[-1:] in tuple("13579"))
+    monkeypatch.setattr(data, "is_correct", lambda problem, text, grader: text[-1:] in tuple("13579"))
     monkeypatch.setattr(rollout, "stop_ids", lambda model, tokenizer: list(range(40)))
 
 
@@ -412,7 +412,7 @@ def test_tightness_command(in_tmp, capsys):
 
 
 def test_tightness_needs_successes(in_tmp, monkeypatch):
-    monkeypatch.setattr(data, "is_correct", lambda problem, text: False)
+    monkeypatch.setattr(data, "is_correct", lambda problem, text, grader: False)
     with pytest.raises(configs.UserError, match="selected, positive, unselected: raise group_size"):
         analyze.main(*analyze.analysis_keys(["tightness", *SMALL]))
 

@@ -49,8 +49,11 @@ BAD = {
     "missing model folder, dotted": (["model=./nowhere"], ["./nowhere", "no such folder"]),
     "folder without a model": (["model=."], ["model=.", "config.json"]),
     "missing data": (["data=nothing.jsonl"], ["data=nothing.jsonl", "no such file"]),
-    "prompt without target": (["prompt={numbers}"], ["{target}"]),
-    "prompt with a strange field": (["prompt={numbers} {target} {x}"], ["'x'"]),
+    "prompt without target": (["prompt.countdown={numbers}"], ["prompt.countdown=", "{target}"]),
+    "prompt without problem": (["prompt.plain=Solve it."], ["prompt.plain=", "{problem}"]),
+    "unknown grader": (["reward.grader=sympy"], ["reward.grader=sympy", "exact or math_verify"]),
+    "missing recipe": (["recipe=recipes/no.yaml"], ["recipe=recipes/no.yaml", "cannot be read"]),
+    "validation share above 1": (["data.validation=2.0"], ["data.validation=2.0", "at most 1"]),
     "unknown reward": (["reward=praise"], ["reward=praise", "self_certainty"]),
     "unknown objective": (["objective=ppo"], ["objective=ppo", "kl_cov"]),
     "unknown normaliser": (["grpo.normaliser=batch"], ["batch", "token or sequence"]),
@@ -118,7 +121,7 @@ def test_bad_data_row(tmp_path):
 
 def test_too_few_problems(tmp_path):
     (tmp_path / "p.jsonl").write_text('{"numbers": [1, 2], "target": 3}\n')
-    told(run(tmp_path, "data=p.jsonl"), "prompts_per_step=64", "only 0 problems", "1 left out")
+    told(run(tmp_path, "data=p.jsonl"), "prompts_per_step=64", "only 0 problems", "1 of 1 problems of p.jsonl are on the side")
 
 
 def test_evaluate_speaks_the_same_way(tmp_path):
@@ -134,9 +137,9 @@ def test_text_where_config_yaml_needs_a_number():
 
 
 def test_values_take_their_defaults_type():
-    keys = config.override(config.read_defaults(), ["optimizer.lr=1", "steps=7", "name=3", "resume=true", "prompt=a"])
+    keys = config.override(config.read_defaults(), ["optimizer.lr=1", "steps=7", "name=3", "resume=true", "data=a"])
     assert (keys["optimizer.lr"], keys["steps"], keys["name"], keys["resume"]) == (1.0, 7, "3", True)
-    assert type(keys["optimizer.lr"]) is float and keys["prompt"] == "a"
+    assert type(keys["optimizer.lr"]) is float and keys["data.file"] == "a"
 
 
 def test_flatten_and_nest_are_inverse():

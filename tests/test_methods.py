@@ -448,7 +448,7 @@ def test_cov_methods_mark_at_least_one_token():
 
 def test_later_updates_select_by_the_policy_as_it_is_then(in_tmp, monkeypatch):
     """train.py itself, two updates a step: fresh log-probabilities in the second, a fresh draw in each."""
-    monkeypatch.setattr(data, "is_correct", lambda problem, text: "1" in text)
+    monkeypatch.setattr(data, "is_correct", lambda problem, text, grader: "1" in text)
     select, seen = steps.select, []
 
     def spy(current, old_logprobs, advantages, config, seed):
@@ -519,7 +519,8 @@ def test_rlif_uses_no_labels(in_tmp, monkeypatch, reward):
     """Other answers, the same training to the last bit; only the logged accuracy differs."""
     rows, weights = {}, {}
     for name, parity in (("right", 0), ("shuffled", 1)):  # labels that vary within a group
-        monkeypatch.setattr(data, "is_correct", lambda _, text, parity=parity: zlib.crc32(text.encode()) % 2 == parity)
+        monkeypatch.setattr(
+            data, "is_correct", lambda _, text, grader, side=parity: zlib.crc32(text.encode()) % 2 == side)
         # Long enough for a good share of the random model's completions to stop: truncated ones count as wrong.
         train.main(configs.training_keys([*SMALL, "steps=2", "max_new_tokens=60", f"reward={reward}", f"name={name}"]))
         rows[name] = metrics_of(name)
@@ -580,7 +581,7 @@ def two_steps(config, reference):
 @pytest.mark.parametrize("objective", grpo.OBJECTIVES)
 def test_every_combination_trains(monkeypatch, objective):
     """objective x strategy x reward: two steps on a tiny random model, finite throughout, and the weights move."""
-    monkeypatch.setattr(data, "is_correct", lambda problem, text: len(text) % 3 == 0)
+    monkeypatch.setattr(data, "is_correct", lambda problem, text, grader: len(text) % 3 == 0)
     reference = tiny_model(**TINY)
     for strategy in scope.STRATEGIES:
         for reward in rewards.REWARDS if objective != "div" else ["accuracy"]:

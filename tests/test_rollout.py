@@ -250,6 +250,8 @@ def test_progress_counts_every_completion_once(model, prompts):
 def test_stop_ids_are_all_of_the_models_and_the_tokenizers():
     class Tokenizer:
         eos_token_id = 9
+        chat_template = None
+        get_added_vocab = dict
 
     model = tiny_model()
     for eos, expected in ((1, [1, 9]), ([1, 5], [1, 5, 9]), (None, [9])):

@@ -19,7 +19,7 @@ from transformers import (
 import data
 import rollout
 import toy
-from config import UserError
+from config import UserError, namespace, nest, override, read_defaults
 
 COUNTDOWN = {"numbers": 4, "largest": 20, "limit": 99}
 PROMPT = "{numbers} -> {target} :"
@@ -77,7 +77,7 @@ def test_too_few_problems_is_told():
 def test_read_jsonl(tmp_path):
     file = tmp_path / "problems.jsonl"
     file.write_text('{"numbers": [1, 2], "target": 3, "note": "x"}\n\n{"numbers": [4, 5], "target": 9}\n')
-    assert data.read_jsonl(str(file)) == [{"numbers": [1, 2], "target": 3}, {"numbers": [4, 5], "target": 9}]
+    assert data.read_jsonl(str(file)) == ([{"numbers": [1, 2], "target": 3}, {"numbers": [4, 5], "target": 9}], [])
 
 
 @pytest.mark.parametrize(
@@ -96,13 +96,18 @@ def test_a_files_rows_on_the_evaluations_side_are_left_out(tmp_path):
     problems = data.countdown(30, heldout=True, **COUNTDOWN) + data.countdown(50, heldout=False, **COUNTDOWN)
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, problems)))
 
-    def training(evaluation):
-        return data.training_problems(SimpleNamespace(data=str(tmp_path / "p.jsonl"),
-                                                      evaluation=SimpleNamespace(data=evaluation)))  # fmt: skip
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, problems[:4])))
 
-    kept, left_out = training("auto")
-    assert len(kept) == 50 and left_out == 30 and not any(data.is_heldout(**problem) for problem in kept)
-    assert training("mine.jsonl") == (problems, 0)
+    def sets(evaluation):
+        keys = override(read_defaults(), [f"data={tmp_path / 'p.jsonl'}", f"evaluation.data={evaluation}"])
+        return data.problem_sets(namespace(nest(keys)))
+
+    training, heldout, notes = sets("auto")
+    assert len(training) == 50 and not any(data.is_heldout(**problem) for problem in training)
+    assert len(heldout) == 200 and all(data.is_heldout(**problem) for problem in heldout)
+    assert len(notes) == 1 and "30 of 80 problems" in notes[0]
+    training, heldout, notes = sets(str(tmp_path / "mine.jsonl"))
+    assert (training, heldout) == (problems[4:], problems[:4]) and "4 of 80 problems" in notes[0]
 
 
 def test_empty_file_is_refused(tmp_path):
@@ -185,7 +190,7 @@ def test_dropout_is_off_whatever_its_name(tmp_path):
 def test_a_model_without_a_stop_token_is_told():
     model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=None))
     with pytest.raises(UserError, match="stop token"):
-        rollout.stop_ids(model, SimpleNamespace(eos_token_id=None))
+        rollout.stop_ids(model, SimpleNamespace(eos_token_id=None, chat_template=None, get_added_vocab=dict))
 
 
 def test_models_that_post_process_logits_are_refused(tmp_path):

@@ -229,7 +229,7 @@ def test_drift_is_a_mean_over_the_tokens_scored():
 
 def test_a_truncated_completion_earns_nothing(monkeypatch):
     """Also where the text up to the cut would count: in training and in evaluation."""
-    monkeypatch.setattr("data.is_correct", lambda problem, text: True)
+    monkeypatch.setattr("data.is_correct", lambda problem, text, grader: True)
     config = config_of("prompts_per_step=4", "max_new_tokens=6")
     policy, tokenizer = tiny_model(), toy.make_tokenizer(29)
     problems = [{"numbers": [i, 3], "target": 5} for i in range(4)]
@@ -302,7 +302,7 @@ TIMES = ("time/rollout", "time/select", "time/update", "mem_gb")
 def in_tmp(tmp_path, monkeypatch):
     """A working folder of its own, and a reward that a random model earns now and then."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("data.is_correct", lambda problem, text: "1" in text)
+    monkeypatch.setattr("data.is_correct", lambda problem, text, grader: "1" in text)
     return tmp_path
 
 

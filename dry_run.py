@@ -1,0 +1,122 @@
+"""What a run would be (`train.py ... dry_run=true`): its settings, prompt, numbers and memory. No weight is loaded.
+
+The memory is what PyTorch's allocator would hold at its peak on each rank, from shapes alone. P parameters; weights, gradients
+and Adam's two moments are fp32; products run in bf16 under autocast, which keeps a bf16 copy of every weight while a
+forward pass lasts. The factors below were fitted to the live tensors of real updates and rollouts (see README).
+"""
+
+import os
+
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+import config as configs
+import rollout
+import step as steps
+import toy
+
+GB = 1e9
+
+
+def memory(shape, parameters: int, config, *, ranks: int, prompt: int) -> dict[str, float]:
+    """Bytes on each rank by purpose; the peak is `total`. `prompt` is the longest prompt in tokens."""
+    hidden, layers, vocabulary = shape.hidden_size, shape.num_hidden_layers, shape.vocab_size
+    head_size = getattr(shape, "head_dim", None) or hidden // shape.num_attention_heads
+    query, key = shape.num_attention_heads * head_size, shape.num_key_value_heads * head_size
+    length = prompt + config.max_new_tokens
+    completions = config.prompts_per_step * config.group_size // ranks
+    referred = config.selection.strategy != "none" or config.grpo.kl_coef > 0
+    parts = {
+        "weights": 4 * parameters,
+        "gradients": 4 * parameters,
+        "optimizer": 8 * parameters / (ranks if config.optimizer.zero else 1),
+        "reference": 4 * parameters * referred,
+    }
+    copies = 2 * parameters  # bf16
+
+    # The update: `tokens` go through the model at once. A layer keeps `inside` bytes of each for its backward.
+    tokens = min(config.micro_batch_size, completions) * length
+    inside = 20 * hidden + 10 * query + 12 * key + 8 * shape.intermediate_size
+    layer, between = tokens * inside, 4 * tokens * hidden  # `between`: the residual stream, fp32
+    logits = 16 * min(config.logits_chunk, tokens) * vocabulary * (2 if config.selection.strategy == "all" else 1)
+    projection = 4 * vocabulary * hidden  # the gradient of the vocabulary projection
+    if config.gradient_checkpointing:  # only what is between layers is kept; in backward one layer is made again
+        kept, again = layers * between, 1.4 * layer + projection
+    else:
+        kept, again = layers * layer, 0
+    parts["activations"] = kept + again
+    parts["logits"] = max(logits, 1.25 * projection)
+    update = max(copies + kept + parts["logits"], kept + again, 3 * projection + between * layers)
+
+    # Sampling: keys (fp32) and values (bf16) of all layers, a layer's worth of copies, and the sampler's 44 bytes a logit.
+    rows = min(config.rollout.batch_size, completions)
+    parts["KV cache"] = rows * length * layers * key * (6 + 20 / layers)
+    parts["sampler"] = 44 * rows * vocabulary
+    sampling = copies + parts["KV cache"] + parts["sampler"]
+
+    fixed = sum(parts[name] for name in ("weights", "gradients", "optimizer", "reference"))
+    return parts | {"bf16 copies": copies, "update": fixed + update, "sampling": fixed + sampling,
+                    "total": fixed + max(update, sampling)}  # fmt: skip
+
+
+def blank_model(config):
+    """The model without memory (meta tensors), with its generation_config, and its tokenizer."""
+    if config.model == "toy":
+        tokenizer = toy.make_tokenizer(config.countdown.limit)
+        shape = toy.model_shape(tokenizer, vars(config.toy))
+    else:
+        tokenizer, shape = rollout.load_tokenizer(config.model)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(shape)
+    if config.model != "toy":
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(config.model, **rollout.source(config.model))
+        except (OSError, ValueError):  # a model without one; made from its config then, as on loading
+            pass
+    return model, tokenizer
+
+
+def report(config, keys: dict, problems: list, heldout: list) -> str:
+    """Everything that can be said without weights, on a few lines."""
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    model, tokenizer = blank_model(config)
+    problems = steps.that_fit(model.config, tokenizer, problems, config)
+    prompts = steps.prompt_ids(tokenizer, problems + heldout, config)
+    rollout.check_lengths(model.config, prompts, config.max_new_tokens)
+    parameters, longest = sum(p.numel() for p in model.parameters()), max(map(len, prompts))
+    own = {key: value for key, value in keys.items() if value != configs.read_defaults()[key]}
+    completions = config.prompts_per_step * config.group_size
+    epoch = len(problems) // config.prompts_per_step
+    tokens = completions * config.max_new_tokens
+    lines = [
+        "settings other than in config.yaml:",
+        *(f"  {key}: {value}" for key, value in own.items()),
+        f"model: {type(model).__name__}, {parameters:,} parameters, vocabulary {model.config.vocab_size:,}, "
+        f"context {model.config.max_position_embeddings:,}",
+        f"first prompt: {tokenizer.decode(prompts[0])!r}",
+        f"stop ids: {stops(rollout.stop_ids(model, tokenizer), tokenizer)}",
+        f"a step: {config.prompts_per_step} prompts x {config.group_size} = {completions} completions of up to "
+        f"{config.max_new_tokens} tokens, {tokens:,} tokens in all; on each of {ranks} rank(s) "
+        f"{completions // ranks} completions, {-(-completions // ranks // config.micro_batch_size)} micro-batches of "
+        f"{config.micro_batch_size}; {config.grpo.updates_per_rollout} update(s)",
+        f"prompts: up to {longest} tokens, {sum(map(len, prompts)) / len(prompts):.0f} on average",
+        f"an epoch: {len(problems):,} problems = {epoch} steps and {len(problems) % config.prompts_per_step} problems left "
+        f"over; {config.steps} steps = {config.steps / epoch:.2f} epochs",
+        f"an evaluation: {len(heldout)} problems x {config.evaluation.samples} = "
+        f"{len(heldout) * config.evaluation.samples:,} completions, before and after training"
+        + (f"; x {config.evaluation.samples_between} every {config.evaluation.every} steps" * bool(config.evaluation.every)),
+    ]  # fmt: skip
+    needed = memory(model.config, parameters, config, ranks=ranks, prompt=longest)
+    lines += ["memory on each rank, computed for CUDA, GB:"]
+    lines += [f"  {name:>12} {value / GB:8.2f}" for name, value in needed.items()]
+    if torch.cuda.is_available():
+        free, whole = torch.cuda.mem_get_info()
+        fits = "enough" if needed["total"] < free else "NOT enough: see README on memory"
+        lines += [f"this device has {whole / GB:.1f} GB, {free / GB:.1f} GB of them free: {fits}"]
+    else:
+        lines += ["no CUDA device here to compare with"]
+    return "\n".join(lines)
+
+
+def stops(ids: list[int], tokenizer) -> str:
+    return ", ".join(f"{i} {tokenizer.convert_ids_to_tokens(i)!r}" for i in ids)
