@@ -8,6 +8,7 @@ own, named by its canonical text. Symbols under roots count as positive.
 Texts come from models, so work is bounded: nesting, digits, exponents, and a budget pays for every product of terms.
 """
 
+import math
 import re
 from fractions import Fraction
 
@@ -101,7 +102,7 @@ def primes(n: int) -> dict[int, int]:
 
 
 class Expression:
-    """Reads a text by recursive descent, a sum of products of powers of atoms; `.value()` raises NoValue if it is none."""
+    """Reads a sum of products of powers of atoms by recursive descent; `.value()` raises NoValue for any other text."""
 
     def __init__(self, text: str, budget: Budget):
         self.tokens = [token for token in TOKEN.findall(text) if not token.isspace()] + ["end"]
@@ -265,7 +266,6 @@ class Expression:
                 numerator, denominator = self.times(numerator, n), self.times(denominator, d)
             return self.quotient(numerator, denominator)
         if len(n) == 1 and d == ONE and power.denominator > 1:
-            self.budget.spend(100)
             ((monomial, coefficient),) = n.items()
             powers = {atom: exponent * power for atom, exponent in monomial}
             if coefficient < 0 and power.denominator % 2:  # the real root
@@ -275,6 +275,7 @@ class Expression:
             if coefficient < 0:
                 powers[-1] = powers.get(-1, 0) + power
             for part, side in ((abs(coefficient.numerator), 1), (coefficient.denominator, -1)):
+                self.budget.spend(1 + min(math.isqrt(part), 3000) // 30)  # trial divisions
                 for prime, count in primes(part).items():
                     powers[prime] = powers.get(prime, 0) + side * count * power
             return self.times({tuple(powers.items()): sign}, ONE), ONE

@@ -166,6 +166,17 @@ def evaluation_keys(arguments: list[str]) -> dict:
     return keys
 
 
+def trained_otherwise(model: str, prompt: dict) -> list[str]:
+    """A note on each prompt that the run this model comes from had, and that is not the one given here."""
+    stored = Path(model).parent / "config.yaml"
+    if not stored.is_file():
+        return []
+    keys = flatten(yaml.safe_load(stored.read_text()))
+    return [f"{model} was trained with prompt.{name}={keys[f'prompt.{name}']} and is asked otherwise here: "
+            f"recipe={stored} brings its prompts" for name in prompt
+            if keys.get(f"prompt.{name}", prompt[name]) != prompt[name]]  # fmt: skip
+
+
 def listed(text: str) -> list[str]:
     """One word, or several as `[a,b]` or `a,b`."""
     words = [word.strip() for word in text.strip("[]").split(",")]

@@ -1,8 +1,8 @@
 """What a run would be (`train.py ... dry_run=true`): its settings, prompt, numbers and memory. No weight is loaded.
 
-The memory is what PyTorch's allocator would hold at its peak on each rank, from shapes alone. P parameters; weights, gradients
-and Adam's two moments are fp32; products run in bf16 under autocast, which keeps a bf16 copy of every weight while a
-forward pass lasts. The factors below were fitted to the live tensors of real updates and rollouts (see README).
+The memory is what PyTorch's allocator would hold at its peak on each rank, from shapes alone. Weights, gradients and
+Adam's two moments are fp32; products run in bf16 under autocast, which keeps a bf16 copy of every weight while a
+forward pass lasts. The factors below were fitted to the live tensors of real updates and rollouts (a test does so).
 """
 
 import os
@@ -32,13 +32,16 @@ def memory(shape, parameters: int, config, *, ranks: int, prompt: int) -> dict[s
         "optimizer": 8 * parameters / (ranks if config.optimizer.zero else 1),
         "reference": 4 * parameters * referred,
     }
-    copies = 2 * parameters  # bf16
+    looked_up = 0 if shape.tie_word_embeddings else vocabulary * hidden  # an embedding is no product
+    copies = 2 * (parameters - looked_up)
 
     # The update: `tokens` go through the model at once. A layer keeps `inside` bytes of each for its backward.
-    tokens = min(config.micro_batch_size, completions) * length
+    rows = min(config.micro_batch_size, completions)
+    tokens = rows * length
     inside = 20 * hidden + 10 * query + 12 * key + 8 * shape.intermediate_size
     layer, between = tokens * inside, 4 * tokens * hidden  # `between`: the residual stream, fp32
-    logits = 16 * min(config.logits_chunk, tokens) * vocabulary * (2 if config.selection.strategy == "all" else 1)
+    logits = 16 * min(config.logits_chunk, rows * config.max_new_tokens) * vocabulary
+    logits *= 1.7 if config.selection.strategy == "all" else 1  # two distributions at once
     projection = 4 * vocabulary * hidden  # the gradient of the vocabulary projection
     if config.gradient_checkpointing:  # only what is between layers is kept; in backward one layer is made again
         kept, again = layers * between, 1.4 * layer + projection
@@ -48,7 +51,7 @@ def memory(shape, parameters: int, config, *, ranks: int, prompt: int) -> dict[s
     parts["logits"] = max(logits, 1.25 * projection)
     update = max(copies + kept + parts["logits"], kept + again, 3 * projection + between * layers)
 
-    # Sampling: keys (fp32) and values (bf16) of all layers, a layer's worth of copies, and the sampler's 44 bytes a logit.
+    # Sampling: keys (fp32) and values (bf16) of all layers, copies of one layer's, and the sampler's 44 bytes a logit.
     rows = min(config.rollout.batch_size, completions)
     parts["KV cache"] = rows * length * layers * key * (6 + 20 / layers)
     parts["sampler"] = 44 * rows * vocabulary
@@ -100,11 +103,10 @@ def report(config, keys: dict, problems: list, heldout: list) -> str:
         f"{completions // ranks} completions, {-(-completions // ranks // config.micro_batch_size)} micro-batches of "
         f"{config.micro_batch_size}; {config.grpo.updates_per_rollout} update(s)",
         f"prompts: up to {longest} tokens, {sum(map(len, prompts)) / len(prompts):.0f} on average",
-        f"an epoch: {len(problems):,} problems = {epoch} steps and {len(problems) % config.prompts_per_step} problems left "
-        f"over; {config.steps} steps = {config.steps / epoch:.2f} epochs",
+        f"an epoch: {len(problems):,} problems = {epoch} steps and {len(problems) % config.prompts_per_step} problems "
+        f"left over; {config.steps} steps = {config.steps / epoch:.2f} epochs",
         f"an evaluation: {len(heldout)} problems x {config.evaluation.samples} = "
-        f"{len(heldout) * config.evaluation.samples:,} completions, before and after training"
-        + (f"; x {config.evaluation.samples_between} every {config.evaluation.every} steps" * bool(config.evaluation.every)),
+        f"{len(heldout) * config.evaluation.samples:,} completions, before and after training",
     ]  # fmt: skip
     needed = memory(model.config, parameters, config, ranks=ranks, prompt=longest)
     lines += ["memory on each rank, computed for CUDA, GB:"]

@@ -383,6 +383,7 @@ def compare(models: list[str], file: str, problems: list, ks: list[int], world, 
     rows, first, base, text = {}, None, None, None
     for name in models:
         path = toy.model_folder(name, config)
+        configs.print_notes(configs.trained_otherwise(path, vars(config.prompt)))
         model, tokenizer = rollout.load(path)
         model.to(world.device)
         shared = ("seed", "max_new_tokens", "temperature", "samples")

@@ -114,7 +114,7 @@ def is_equal(answer: str, gold: str) -> bool:
     if len(answer) + len(gold) > 1000:
         return answer.strip() == gold.strip() != ""
     one, other = normalise(answer), normalise(gold)
-    words = [re.sub(r'"|^\((?=\w\)$)|(?<=^\(\w)\)$|(?<!\d) | (?!\d)', "", text) for text in (one, other)]
+    words = [re.sub(r"^\((\w)\)$", r"\1", re.sub(r'"|(?<!\d) | (?!\d)', "", text)) for text in (one, other)]
     if words[0] == words[1] or not words[1]:
         return words[1] != ""
     if all(re.fullmatch("[a-zA-Z]{3,}", word) for word in words):
@@ -249,7 +249,7 @@ def match_relations(a: tuple, b: tuple, budget: Budget) -> bool:
 
 
 def answer_key(answer: str) -> str:
-    """A text that equal answers share, to count votes by; answers that share it are equal."""
+    """A text that equal answers share, to count votes by; answers that share it are equal, units aside."""
 
     def key(tree: tuple) -> str:
         if tree[0] == "value":

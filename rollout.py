@@ -324,6 +324,12 @@ def hidden_states(model, tokens: Tensor) -> Tensor:
     return model.base_model(tokens, use_cache=False).last_hidden_state
 
 
+# Config fields of models whose logits are not lm_head(hidden states): Gemma 2, Cohere, Granite, Falcon-H1.
+POST_PROCESSING = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+REFUSED = ("model={} post-processes its logits (soft-capping or scaling), which this trainer does not: use an "
+           "architecture without it (Qwen2, Qwen3, Llama)")  # fmt: skip
+
+
 @contextmanager
 def loading(name: str):
     """Turns what transformers raises of a folder or hub name into one line."""
@@ -361,6 +367,11 @@ def load_tokenizer(name: str):
     for field, value in vars(shape).items():
         if "dropout" in field and value:
             setattr(shape, field, 0.0)  # a dropped unit at scoring time is a ratio other than 1
+    if any(getattr(shape, field, None) not in (None, 1.0) for field in POST_PROCESSING):
+        raise UserError(REFUSED.format(name))
+    if len(tokenizer) > shape.vocab_size:
+        raise UserError(f"model={name}: its tokenizer has {len(tokenizer)} tokens, the model only {shape.vocab_size}: "
+                        "give a folder whose two belong together")
     return tokenizer, shape
 
 
@@ -381,6 +392,5 @@ def load(name: str):
         own = model.eval()(tokens).logits
         head = model.get_output_embeddings()(hidden_states(model, tokens))
     if not torch.allclose(own, head, rtol=1e-3, atol=1e-3):
-        raise UserError(f"model={name} post-processes its logits (soft-capping or scaling), which this trainer "
-                         "does not: use an architecture without it (Qwen2, Qwen3, Llama)")
+        raise UserError(REFUSED.format(name))
     return model, tokenizer

@@ -245,7 +245,8 @@ class Letters:
 def followed(model, prompts, monkeypatch):
     """Rollouts of a tiny model with stop ids 1 and 5, and a grader that likes an even sum."""
     monkeypatch.setattr(data, "is_correct", lambda problem, text, grader: sum(map(int, text.split())) % 2 == problem)
-    config = SimpleNamespace(max_new_tokens=9, temperature=0.9, seed=3, group_size=2, reward=SimpleNamespace(grader="exact"),
+    config = SimpleNamespace(max_new_tokens=9, temperature=0.9, seed=3, group_size=2,
+                             reward=SimpleNamespace(grader="exact"),
                              rollout=SimpleNamespace(batch_size=50, segment=4))  # fmt: skip
     sampled = rollout.sample(model, prompts, list(range(12)), stop=[1, 5], max_new_tokens=9, temperature=0.9, seed=3,
                              step=0)  # fmt: skip

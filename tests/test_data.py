@@ -1,0 +1,196 @@
+"""Problems of mathematics: fields, gold answers, filters, splits, files out of reach; and their prompts."""
+
+import http.server
+import json
+import threading
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+from mathematics import GSM8K, MATH, tokenizer, write
+
+import config as configs
+import data
+import rollout
+import step as steps
+from config import UserError
+from rewards import is_equal
+
+
+def config_of(*arguments):
+    return configs.namespace(configs.nest(configs.override(configs.read_defaults(), list(arguments))))
+
+
+def test_sets_as_their_owners_publish_them(tmp_path):
+    problems, unusable = data.read_jsonl(write(tmp_path / "gsm8k.jsonl", GSM8K))
+    assert not unusable and [problem["answer"] for problem in problems[:2]] == ["119", "162"]
+    assert problems[0]["problem"] == GSM8K[0]["question"] and problems[-1]["answer"] == f"{26 * 63 - 24:,}" == "1,614"
+    problems, unusable = data.read_jsonl(write(tmp_path / "math.jsonl", MATH))
+    assert not unusable and problems[0] == {
+        "problem": "Find the root of $7x - 2 = 0$ as a fraction.", "answer": r"\frac{2}{7}", "level": 1,
+        "subject": "Number Theory",
+    }  # fmt: skip
+    others = [
+        {"problem": "1+1?", "solution": r"It is \boxed{3}, no.", "answer": "2", "subject": "Algebra", "level": 3},
+        # MATH-500
+        {"problem": "27?", "answer": 27.0}, {"problem": "25?", "answer": "025"}, {"Problem": "9?", "Answer": 9},
+        # AMC, AIME
+        {"prompt": "Half?", "answer": None, "solution": r"\boxed{\frac{1}{2}}", "level": "Level ?"},
+    ]  # fmt: skip
+    problems, _ = data.read_jsonl(write(tmp_path / "others.jsonl", others))
+    assert [problem["answer"] for problem in problems] == ["2", "27", "025", "9", r"\frac{1}{2}"]
+    assert (problems[0]["level"], problems[0]["subject"], problems[-1]["level"]) == (3, "Algebra", None)
+    assert is_equal("25", problems[2]["answer"])
+
+
+def test_fields_may_be_named(tmp_path):
+    file = write(tmp_path / "p.jsonl", [{"text": "1+1?", "gold": 2, "answer": "a distractor"}])
+    problems, _ = data.read_jsonl(file, problem_field="text", answer_field="gold")
+    assert problems == [{"problem": "1+1?", "answer": "2", "level": None, "subject": ""}]
+    with pytest.raises(UserError, match=r'p.jsonl, line 1 .*no "problem".* text, gold, answer.*data.problem_field='):
+        data.read_jsonl(file)
+
+
+@pytest.mark.parametrize(
+    "row, words",
+    [({"problem": 5, "answer": "1"}, '"problem" must be text, not 5'),
+     ({"problem": "", "answer": "1"}, '"problem" must be'),
+     ({"problem": "x", "answer": [1]}, r'"answer" must be text or a number, not \[1\]'), ([1], "no JSON object"),
+     ({"problem": "x", "answer": True}, '"answer" must be text or a number, not true'),
+     ({"answer": "1"}, 'no "problem"'),
+     ({"numbers": [1], "target": 1}, "do not go into one file"), ({}, "its fields are none")],
+)  # fmt: skip
+def test_wrong_types_name_file_and_line(tmp_path, row, words):
+    file = write(tmp_path / "p.jsonl", [{"problem": "1+1?", "answer": "2"}, row])
+    with pytest.raises(UserError, match=rf"p\.jsonl, line 2 is no problem: .*{words}"):
+        data.read_jsonl(file)
+
+
+def test_rows_without_a_gold_answer_are_counted_and_named(tmp_path):
+    empty = [{"problem": "a", "answer": ""}, {"problem": "b"}, {"problem": "c", "solution": r"so \boxed{}"},
+             {"problem": "d", "solution": "prose alone"}, {"problem": "e", "answer": None}]  # fmt: skip
+    file = write(tmp_path / "p.jsonl", [*MATH[:3], *empty, *MATH[3:]])
+    problems, unusable = data.read_jsonl(file)
+    assert len(problems) == len(MATH) and unusable == [4, 5, 6, 7, 8]
+    *_, notes = data.problem_sets(config_of(f"data={file}"))
+    assert notes[0] == f"5 rows of {file} have no usable gold answer and are left out: line 4, 5, 6, 7, 8"
+    with pytest.raises(UserError, match="no problem.* gold answer"):
+        data.read_jsonl(write(tmp_path / "empty.jsonl", empty))
+
+
+def test_filter():
+    problem = {"problem": "x", "answer": "1", "level": 3, "subject": "Number Theory"}
+    for conditions in ("", "level=3", "level=1-3", "level=1, 3", "subject=number theory",
+                       "subject=Algebra,Number Theory",
+                       "level=3-5; subject=Number Theory"):  # fmt: skip
+        assert data.wanted(problem, conditions), conditions
+    for conditions in ("level=4-5", "level=1,2", "subject=Algebra", "level=3; subject=Algebra"):
+        assert not data.wanted(problem, conditions), conditions
+    assert not data.wanted(problem | {"level": None}, "level=1-5")
+    for conditions in ("level", "colour=red", "level=high", "level="):
+        with pytest.raises(UserError, match="data.filter="):
+            data.wanted(problem, conditions)
+
+
+def test_training_and_evaluation_never_overlap(tmp_path):
+    file = write(tmp_path / "math.jsonl", MATH)
+    training, heldout, notes = data.problem_sets(config_of(f"data={file}", "data.validation=0.3"))
+    assert len(training) + len(heldout) == len(MATH) and 3 < len(heldout) < 16
+    assert f"{len(heldout)} of 30 problems" in notes[0]
+    shuffled = write(tmp_path / "again.jsonl", MATH[::-1])
+    again = data.problem_sets(config_of(f"data={shuffled}", "data.validation=0.3"))
+    assert again[1] == heldout[::-1]  # the problem decides, not the file or its order
+    filtered = data.problem_sets(config_of(f"data={file}", "data.validation=0.3", "data.filter=subject=Algebra"))
+    assert filtered[1] == [problem for problem in heldout if problem["subject"] == "Algebra"]
+
+    other = write(tmp_path / "other.jsonl", [*MATH[:4], *GSM8K[:3]])
+    training, heldout, notes = data.problem_sets(config_of(f"data={file}", f"evaluation.data={other}"))
+    assert len(heldout) == 7 and len(training) == 26
+    assert "4 of 30 problems" in notes[0] and "evaluation.data" in notes[0]
+    with pytest.raises(UserError, match="data.validation=0.0 .*evaluation.data=FILE"):
+        data.problem_sets(config_of(f"data={file}", "data.validation=0.0"))
+
+
+def test_a_file_on_the_web(tmp_path):
+    write(tmp_path / "math.jsonl", MATH[:2])
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *arguments):
+            super().__init__(*arguments, directory=str(tmp_path))
+
+        def log_message(self, *arguments):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        place = f"http://127.0.0.1:{server.server_port}"
+        assert len(data.read_jsonl(f"{place}/math.jsonl")[0]) == 2
+        with pytest.raises(UserError, match=rf"{place}/no.jsonl .*404.*local path"):
+            data.read_jsonl(f"{place}/no.jsonl")
+        server.shutdown()
+    with pytest.raises(UserError, match=r"https://127.0.0.1:1/p.jsonl .*local path"):
+        data.read_jsonl("https://127.0.0.1:1/p.jsonl")
+
+
+def test_a_file_on_the_hub(monkeypatch):
+    asked = []
+
+    class Hub:
+        def read_text(self, path, encoding):
+            asked.append(path)
+            if "gone" in path:
+                raise ConnectionError("no route")
+            return json.dumps(MATH[0])
+
+    monkeypatch.setattr(huggingface_hub, "HfFileSystem", Hub)
+    assert data.read_jsonl("hf://datasets/owner/name/test.jsonl")[0][0]["answer"] == r"\frac{2}{7}"
+    assert asked == ["hf://datasets/owner/name/test.jsonl"]
+    with pytest.raises(UserError,
+                       match=r"hf://datasets/owner/gone/test.jsonl \(ConnectionError: no route\).*local path"):
+        data.read_jsonl("hf://datasets/owner/gone/test.jsonl")
+
+
+def test_verdicts():
+    problem = {"problem": "Half?", "answer": r"\frac{1}{2}", "level": None, "subject": ""}
+    for text, right in ((r"so \boxed{0.5}", True), (r"\boxed{1/2}, not \boxed{2}", False), ("1/2", False), ("", False)):
+        assert data.is_correct(problem, text, "exact") == right
+        assert data.is_correct(problem, text, "math_verify") == right
+    assert data.answer_of(problem, r"\boxed{0.5}") == data.answer_of(problem, r"thus \boxed{\frac{2}{4}}")
+    assert data.answer_of(problem, "no box") == data.answer_of(problem, "none") != data.answer_of(problem, r"\boxed{2}")
+
+
+PROBLEM = {"problem": r"What is $\frac{4}{2}$, {dear}?", "answer": "2", "level": None, "subject": ""}
+
+
+def test_prompts_go_through_the_chat_template_or_the_plain_one():
+    config = config_of("prompt.system=Think.")
+    chat, plain = tokenizer("qwen", chat=True), tokenizer("qwen", chat=False)
+    assert chat.decode(steps.prompt_ids(chat, [PROBLEM], config)[0]) == (
+        "<|im_start|>system\nThink.<|im_end|>\n<|im_start|>user\n" + config.prompt.math.replace("{problem}",
+                                                                                                PROBLEM["problem"])
+        + "<|im_end|>\n<|im_start|>assistant\n")  # fmt: skip
+    assert r"$\frac{4}{2}$, {dear}?" in chat.decode(steps.prompt_ids(chat, [PROBLEM], config)[0])
+    assert plain.decode(steps.prompt_ids(plain, [PROBLEM], config)[0]) == config.prompt.plain.replace(
+        "{problem}", PROBLEM["problem"])  # fmt: skip
+    own = chat.decode(steps.prompt_ids(chat, [PROBLEM], config_of())[0])
+    assert own.startswith("<|im_start|>system\nYou are a helpful assistant.<|im_end|>")  # what the template itself says
+    llama = tokenizer("llama", chat=True)
+    ids = steps.prompt_ids(llama, [PROBLEM], config)[0]
+    assert ids.count(llama.bos_token_id) == 1 and ids[0] == llama.bos_token_id  # the template's, and no second one
+
+
+@pytest.mark.parametrize("chat", [True, False])
+@pytest.mark.parametrize("family, ends", [("qwen", ["<|endoftext|>", "<|im_end|>"]),
+                                          ("llama", ["<|end_of_text|>", "<|eot_id|>"])])  # fmt: skip
+def test_the_end_of_a_turn_and_of_a_text_both_stop(family, ends, chat):
+    words = tokenizer(family, chat=chat)
+    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=words.eos_token_id))
+    assert rollout.stop_ids(model, words) == sorted(words.convert_tokens_to_ids(ends))
+
+
+def test_a_chat_templates_own_end_of_turn_stops():
+    words = tokenizer("qwen", chat=True)
+    words.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}<|im_start|>{% endfor %}"
+    assert words.convert_tokens_to_ids("<|im_start|>") == rollout.turn_end(words)
+    words.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"  # none: a line break
+    assert rollout.turn_end(words) is None

@@ -1,0 +1,227 @@
+"""Grading mathematics: tables written for this file, exact arithmetic as the reference, and hostile texts."""
+
+import itertools
+import random
+import time
+from decimal import Decimal, localcontext
+from fractions import Fraction
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import algebra
+import rewards
+import verify
+from rewards import answer_key, extract_answer, is_equal
+
+SAME = [
+    # numbers
+    ("5", "5.0"), ("-3", "- 3"), (".25", "0.25"), ("12,345", "12345"), ("12{,}345", "12345"), (r"12,\!345", "12345"),
+    (r"12\,345", "12345"), (r"\frac{3}{4}", "3/4"), (r"\frac34", "0.75"), (r"\dfrac{-3}{4}", r"-\tfrac{3}{4}"),
+    (r"\frac{6}{8}", r"\frac34"), (r"2\frac{1}{3}", r"\frac73"), ("2 1/3", "7/3"), (r"-1\frac12", "-1.5"),
+    ("2^{10}", "1024"), (r"1.5 \times 10^3", "1500"), ("10^{-2}", "0.01"), (r"\frac{98}7", "14"), ("+7", "7"),
+    # units and dressing
+    (r"\$18.50", "18.5"), ("$18$", "18"), ("18 dollars", "18"), (r"7 \text{ hours}.", "7"), (r"15\mbox{ cm}^2", "15"),
+    (r"40^\circ", "40"), (r"40^{\circ}", r"40\degree"), (r"30\%", "30"), ("30 percent", "30"), ("12cm", "12"),
+    (r"3 \text{ million}", "3000000"), (r"\text{(B)}", "B"), ("Monday", r"\text{monday}"), ("(B)", r"\textbf{B}"),
+    # names in front
+    ("x = 4", "4"), (r"f(x) = 3x - 1", "3x-1"), (r"(a, b) = (1, 2)", "(1,2)"), (r"x \in [0, 1)", "[0,1)"),
+    ("x_1 = 2, x_2 = 3", "2, 3"), (r"\text{Area} = 9", "9"),
+    # roots, pi, i
+    (r"\sqrt{12}", r"2\sqrt3"), (r"\frac{1}{\sqrt{2}}", r"\frac{\sqrt{2}}{2}"), (r"\sqrt{2}\sqrt{3}", r"\sqrt6"),
+    (r"\frac{1}{\sqrt2 - 1}", r"\sqrt{2}+1"), (r"\sqrt[3]{54}", r"3\sqrt[3]{2}"), (r"\sqrt[3]{-8}", "-2"),
+    (r"\frac{3\pi}{6}", r"0.5\pi"), ("π/2", r"\frac{\pi}{2}"), (r"(1+i)^2", "2i"), (r"\sqrt{-9}", "3i"),
+    (r"\sqrt{\frac{4}{9}}", r"\frac23"), (r"\sqrt{3 + 2\sqrt{2}}", r"\sqrt{2\sqrt2 + 3}"),
+    # expressions
+    ("(x+1)^2", "x^2+2x+1"), (r"\frac{x+2}{7}", r"\frac{x}{7}+\frac27"), (r"2 \sin b \cos a", r"2\cos(a)\sin{b}"),
+    (r"\frac{x^2-1}{x-1}", "x+1"), ("2^{n+1}", "2^{1+n}"), (r"|x-1|", r"\left|-1+x\right|"), ("x^{1/2}", r"\sqrt{x}"),
+    (r"\log_2 (x+1)", r"\log_2(1+x)"), ("ab", "ba"), ("3x/4", r"\frac{3}{4}x"), ("n!", "n!"),
+    # many answers
+    ("2, -3", "-3,2"), (r"2 \text{ and } -3", "-3, 2"), (r"\{1, 2\}", "2,1"),
+    (r"1 \pm \sqrt{2}", r"1-\sqrt2, 1+\sqrt2"),
+    (r"x = 2 \text{ or } x = 3", "3,2"), ("(1,2),(3,4)", "(3, 4), (1, 2)"), (r"\{5\}", "5"),
+    (r"(-\infty, 1) \cup (2, \infty)", r"(2,\infty)\cup(-\infty,1)"), ("x < 3", r"(-\infty,3)"),
+    ("3 < x", r"(3, \infty)"),
+    (r"-1 \le x < 2", "[-1,2)"), (r"2 > x \ge -1", "[-1,2)"), (r"x \geq 5", r"5 \leq x"), ("-2x > -2", "x < 1"),
+    ("2x - y = 3", "y = 2x - 3"), ("x != 2", r"x \neq 2"), (r"(1, \frac{9}{2})", "(1,4.5)"),
+    (r"\begin{pmatrix} 1 \\ 1/2 \end{pmatrix}", r"\begin{bmatrix}1\\0.5\\\end{bmatrix}"),
+    (r"\begin{array}{cc}1&2\end{array}", r"\begin{pmatrix}1 & 2\end{pmatrix}"), ("A = 4, B = 9", "A=4,B=9"),
+    # what is compared as text
+    ("3:5", "3 : 5"), (r"1011_2", "1011_{2}"), (r"8\!:\!30 \text{ p.m.}", r"8:30\text{ p.m.}"), ("f'", "f'"),
+]  # fmt: skip
+
+DIFFERENT = [
+    ("5", "5.001"), ("120006", "120000"), ("0.333", "1/3"), ("3", "-3"), (r"\frac{3}{4}", r"\frac{4}{3}"), ("", "5"),
+    ("5", ""), ("", ""), (r"\pm 4", "4"), ("4", r"4\sqrt{2}"), ("1.4142135623", r"\sqrt2"), ("3.14159", r"\pi"),
+    ("(1,2)", "(2,1)"), ("[0,1)", "(0,1)"), ("[0,1]", "[0,1)"), ("1,2", "1,2,3"), ("1,1,2", "1,2,2"), ("(1,2)", "1,2"),
+    (r"2 \text{ billion}", "2"), (r"4 \text{ cm}^2", r"4 \text{ cm}^3"), ("x = 4", "y = 4"), ("2x = 4", "4"),
+    ("x", "y"),
+    ("x > 3", "x < 3"), (r"x \ge 3", "x > 3"), ("2x + y = 3", "y = 2x + 3"), ("-x > 1", "x > -1"), ("AB", "BC"),
+    ("odd", "even"), ("A", "B"), ("a", "A"), ("Evelyn", "nylevE"), ("3:5", "5:3"), ("1011_2", "1011"),
+    ("1011_2", "1011_3"),
+    (r"\sin x", r"\cos x"), (r"\sin 2x", r"2\sin x"), ("x^2", "2^x"), ("(x+1)^2", "x^2+1"), ("1 2", "12"),
+    ("3 or 4", "3"),
+    ("(+5)(b+2)", "(a+5)(b+2)"), (r"\sqrt{x+1}", r"\sqrt{x}+1"), (r"\frac{1}{0}", "0"), ("1.56 = 56", "0.56 = 56"),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1&2\end{pmatrix}"), ("2^{4950}", "2^{4951}"),
+    ("x=1,y=2", "x=2,y=1"),
+    (r"5 \text{ or 6}", "5"), ("none", "0"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("one, other", SAME)
+def test_equal(one, other):
+    assert is_equal(one, other) and is_equal(other, one)
+    assert is_equal(one, one) and is_equal(other, other)
+
+
+@pytest.mark.parametrize("one, other", DIFFERENT)
+def test_not_equal(one, other):
+    assert not is_equal(one, other) and not is_equal(other, one)
+
+
+def rendered(rng: random.Random, depth: int) -> tuple[str, Fraction]:
+    """A random expression in LaTeX, and its value by Python's own fractions."""
+    if depth == 0:
+        style, n, d = rng.randrange(5), rng.randint(0, 40), rng.randint(1, 12)
+        return [(str(n), Fraction(n)), (rf"\frac{{{n}}}{{{d}}}", Fraction(n, d)), (f"{n}/{d}", Fraction(n, d)),
+                (f"{n}.{d:02d}", n + Fraction(d, 100)),
+                (rf"{n}\tfrac{{1}}{{{d + 1}}}", n + Fraction(1, d + 1))][style]  # fmt: skip
+    (a, x), (b, y) = rendered(rng, depth - 1), rendered(rng, rng.randrange(depth))
+    operations = [(f"({a})+({b})", x + y), (rf"\left({a}\right)-{{{b}}}", x - y), (rf"({a})\cdot({b})", x * y),
+                  (f"({a})({b})", x * y), (f"-({a})", -x), (f"({a})^2", x * x)]  # fmt: skip
+    if y:
+        operations += [(rf"\dfrac{{{a}}}{{{b}}}", x / y), (rf"({a}) \div ({b})", x / y), (f"({b})^{{-1}}", 1 / y)]
+    return rng.choice(operations)
+
+
+def test_rational_arithmetic_against_fractions():
+    rng = random.Random(0)
+    for _ in range(400):
+        text, value = rendered(rng, rng.randint(0, 3))
+        assert is_equal(text, f"{value.numerator}/{value.denominator}"), text
+        near = value + Fraction(1, 10**9)
+        assert not is_equal(text, f"{near.numerator}/{near.denominator}"), text
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.tuples(st.integers(-9, 9), st.integers(1, 60)), min_size=1, max_size=4),
+       st.lists(st.tuples(st.integers(-9, 9), st.integers(1, 60)), min_size=1, max_size=4))  # fmt: skip
+def test_sums_of_roots_against_forty_digits(one, other):
+    """Two sums of roots are equal exactly if they agree to forty digits: nothing in between occurs at this size."""
+
+    def text(terms):
+        return "+".join(rf"({c})\sqrt{{{n}}}" for c, n in terms)
+
+    def value(terms):
+        return sum((c * Decimal(n).sqrt() for c, n in terms), Decimal(0))
+
+    with localcontext() as context:
+        context.prec = 60
+        for left, right in ((one, other), (one, [*one, (3, 8), (-6, 2)]), (one, one[::-1])):
+            assert is_equal(text(left), text(right)) == (abs(value(left) - value(right)) < Decimal(10) ** -40)
+        if value(other):
+            product = value(one) / value(other) * value(other)
+            assert abs(product - value(one)) < Decimal(10) ** -40
+            assert is_equal(rf"\frac{{{text(one)}}}{{{text(other)}}} \cdot ({text(other)})", text(one))
+
+
+def test_polynomials_against_their_values_at_points():
+    """Random products of linear terms: equal as texts of another shape, unequal with one coefficient changed."""
+    rng = random.Random(1)
+    for _ in range(60):
+        factors = [(rng.randint(1, 5), rng.randint(-6, 6)) for _ in range(rng.randint(1, 4))]
+        coefficients = [1]
+        for a, b in factors:  # times (a x + b), lowest power first
+            coefficients = [b * low + a * high for low, high in zip([*coefficients, 0], [0, *coefficients])]
+        text = "".join(f"({a}x{b:+d})" for a, b in factors)
+        expanded = "+".join(f"({c})x^{{{power}}}" for power, c in enumerate(coefficients))
+        assert is_equal(text, expanded)
+        assert not is_equal(text, expanded + "+x")
+
+
+def test_extract_answer():
+    cases = {
+        r"\boxed{1} and \boxed{2}": "2", r"\boxed{\frac{1}{2}}": r"\frac{1}{2}", r"\boxed {7}": "7", "no answer": None,
+        r"\boxed{3": None, r"\boxed{1} then \boxed{2": "1", r"\boxed{\boxed{5}}": "5", r"} \boxed{a}": "a",
+        r"{ \boxed{5}": "5", r"\boxed{}": "", r"\boxed{\{1,2\}}": r"\{1,2\}",
+        r"\boxed{\left\{1\right.}": r"\left\{1\right.",
+        r"\\boxed{3}": None, r"\boxed{1}}": "1", "\\boxed{a\nb}": "a\nb",
+    }  # fmt: skip
+    for text, answer in cases.items():
+        assert extract_answer(text) == answer, text
+
+
+def test_answers_that_share_a_key_are_equal():
+    texts = [text for pair in SAME + DIFFERENT for text in pair]
+    keys = [answer_key(text) for text in texts]
+    for (one, key), (other, another) in itertools.combinations(zip(texts, keys), 2):
+        if key == another and one and other and "cm" not in one:
+            assert is_equal(one, other), (one, other)
+    assert answer_key("1/2") == answer_key(r"\frac{2}{4}") != answer_key("2")
+    assert answer_key("2, 1") == answer_key(r"1 \text{ and } 2")
+
+
+def hostile(n: int) -> dict[str, str]:
+    rng = random.Random(n)
+    pieces = [r"\frac", "{", "}", r"\sqrt", "^", "_", "1", "x", "(", ")", "+", "-", ",", r"\pm", '"', "[", r"\sin",
+              "=", "<"]
+    return {
+        "tower": "9^" * (n // 2) + "9", "tower in braces": "9^{" * (n // 4) + "9" + "}" * (n // 4), "open": "{" * n,
+        "closed": "}" * n, "nested": "{" * (n // 2) + "}" * (n // 2),
+        "parentheses": "(" * (n // 2) + "1" + ")" * (n // 2),
+        "boxes": r"\boxed{" * (n // 7), "closed boxes": r"\boxed{" * (n // 8) + "}" * (n // 8),
+        "fractions": r"\frac{1}{" * (n // 10) + "2" + "}" * (n // 10), "roots": r"\sqrt" * (n // 5) + "2",
+        "roots of sums": r"\sqrt{2+" * (n // 9) + "2" + "}" * (n // 9), "sines": r"\sin " * (n // 5) + "2",
+        "sum": "+".join(f"x_{{{i}}}" for i in range(n // 7)),
+        "product": "".join(f"(a+x_{{{i}}})" for i in range(n // 9)),
+        "powers": "(a+b+c+d)^{64}" * (n // 14), "powers of powers": "(" * 20 + "9" + ")^{64}" * 20,
+        "list": "1," * (n // 2), "long list": ",".join(f"x_{{{i}}}" for i in range(n // 7)),
+        "big roots": "+".join(rf"\sqrt{{{8999993 + 2 * i}}}" for i in range(n // 15)), "digits": "9" * n,
+        "factorials": "9" * (n // 2) + "!" * (n // 2), "signs": "-" * n + "1", "plus-minus": r"\pm" * (n // 3) + "1",
+        "quotes": '"' * n, "texts": r"\text{" * (n // 6), "backslashes": "\\" * n, "relations": "x=" * (n // 2) + "1",
+        "bars": "|" * n + "1", "matrices": r"\begin{pmatrix}" * (n // 15) + "1" + r"\end{pmatrix}" * (n // 15),
+        "subscripts": "x_{" * (n // 4) + "1" + "}" * (n // 4), "spaces": " " * n + "1",
+        "odd characters": "\0²\ud800" * (n // 3),
+        "words": "1 " + "aaaa " * (n // 5) + "!", "thousands": "1,234" + ",567" * (n // 4),
+        "noise": "".join(rng.choice(pieces) for _ in range(n // 2)),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [60, 450, 900, 100_000])
+def test_hostile_texts_are_bounded_and_raise_nothing(size):
+    """The bound of 50 ms is on processor time, and the best of three: the machine may be busy with something else."""
+    for name, text in hostile(size).items():
+        for one, other in ((text, "5"), ("5", text), (text, text + " "), (text[:400], text[:400] + "+x-x")):
+            seconds = []
+            for _ in range(3):
+                started = time.process_time()
+                is_equal(one, other)
+                answer_key(one)
+                extract_answer(text)
+                seconds.append(time.process_time() - started)
+                if seconds[-1] < 0.05:
+                    break
+            assert min(seconds) < 0.05, (name, size, seconds)
+
+
+def test_math_verify_agrees_where_it_should_and_cannot_hang(monkeypatch):
+    for one, other in (("1/2", "0.5"), (r"\sqrt{12}", r"2\sqrt{3}"), ("x+1", "1+x"), ("7", "7")):
+        assert rewards.GRADERS["math_verify"](one, other)
+    assert not verify.math_verify("3", "4") and not verify.math_verify("", "4") and not verify.math_verify("", "")
+    child = verify._child
+    monkeypatch.setattr(verify, "LIMIT", 0.5)
+    started = time.monotonic()
+    assert not verify.math_verify("9^{9^{9^{9^{9}}}}", "5")
+    assert time.monotonic() - started < 20 and child.poll() is not None  # killed
+    monkeypatch.setattr(verify, "LIMIT", 20.0)
+    assert verify.math_verify("0.25", "1/4") and verify._child is not child  # and another one started
+    verify._child.kill()
+    verify._child.wait()
+    assert verify.math_verify("0.25", "1/4")  # also where it died by itself
+    verify.stop()
+
+
+def test_budget_ends_work():
+    with pytest.raises(algebra.NoValue, match="too much work"):
+        algebra.Expression("(a+b+c+d+e+f+g+h)^{60}", algebra.Budget()).value()
