@@ -36,7 +36,7 @@ def main(keys: dict) -> None:
     problems = steps.that_fit(policy.config, tokenizer, problems, config)
     policy.to(world.device).train()
     if config.gradient_checkpointing:
-        policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        rollout.recompute_layers(policy)
     stop = rollout.stop_ids(policy, tokenizer)
     reference = copy.deepcopy(policy).eval().requires_grad_(False)
     objective = steps.Objective(policy, config, world.size)

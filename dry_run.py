@@ -52,7 +52,8 @@ def memory(shape, parameters: int, config, *, ranks: int, prompt: int) -> dict[s
     update = max(copies + kept + parts["logits"], kept + again, 3 * projection + between * layers)
 
     # Sampling: keys (fp32) and values (bf16) of all layers, copies of one layer's, and the sampler's 44 bytes a logit.
-    rows = min(config.rollout.batch_size, completions)
+    evaluated = config.evaluation.problems * config.evaluation.samples // ranks
+    rows = min(config.rollout.batch_size, max(completions, evaluated))
     parts["KV cache"] = rows * length * layers * key * (6 + 20 / layers)
     parts["sampler"] = 44 * rows * vocabulary
     sampling = copies + parts["KV cache"] + parts["sampler"]

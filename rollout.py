@@ -319,6 +319,12 @@ def decode(tokenizer, rollout: Rollout) -> list[str]:
     )
 
 
+def recompute_layers(model) -> None:
+    """Gradient checkpointing, under the name it has in this version of transformers."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
 def hidden_states(model, tokens: Tensor) -> Tensor:
     """Last hidden states of right-padded tokens [b, T] -> [b, T, hidden size], before the vocabulary projection."""
     return model.base_model(tokens, use_cache=False).last_hidden_state

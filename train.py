@@ -58,7 +58,7 @@ def train(config, keys: dict, folder: Path, problems: list, heldout: list, world
     rollout.check_lengths(policy.config, steps.prompt_ids(tokenizer, heldout, config), config.max_new_tokens)
     policy.to(world.device).train()  # dropout is off; train mode is what gradient checkpointing asks for
     if config.gradient_checkpointing:
-        policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        rollout.recompute_layers(policy)
     reference = None
     if config.selection.strategy != "none" or config.grpo.kl_coef > 0:  # pi_ref: the initial model, frozen
         reference = copy.deepcopy(policy).eval().requires_grad_(False)

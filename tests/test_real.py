@@ -168,7 +168,7 @@ def test_a_dry_run_of_the_toy(in_tmp, capsys):
 
 
 class Live(TorchDispatchMode):
-    """Counts the bytes of storages that live, and their peak, from the first operation on; `known` ones are left out."""
+    """Counts the bytes of storages that live, and their peak, from the first operation on; not `known` ones."""
 
     def __init__(self, known):
         super().__init__()
@@ -206,7 +206,7 @@ def test_memory_against_the_live_tensors_of_a_real_update_and_rollout(family, ch
                          bos_token_id=None)  # fmt: skip
     policy = model_class(shape).train()
     if checkpointing:
-        policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        rollout.recompute_layers(policy)
     reference = copy.deepcopy(policy).eval().requires_grad_(False)
     world = distributed.World(0, 1, torch.device("cpu"))
     world.autocast = lambda: torch.autocast("cpu", dtype=torch.bfloat16)

@@ -32,11 +32,12 @@ MAY_IMPORT = {
     "plots": {"config"},
     "evaluate": {"config", "data", "distributed", "plots", "rollout", "step", "toy"},
     "dry_run": {"config", "rollout", "step", "toy"},
-    "analyze": OURS - {"analyze", "benchmark", "dry_run"},
+    "grading": {"config", "data", "evaluate", "rewards"},
+    "analyze": OURS - {"analyze", "benchmark", "dry_run", "grading"},
     "checkpoint": {"config", "distributed", "rollout"},
     "step": {"config", "data", "distributed", "grpo", "rewards", "rollout", "scope"},
-    "train": OURS - {"train", "benchmark", "analyze"},
-    "benchmark": OURS - {"benchmark"},
+    "train": OURS - {"train", "benchmark", "analyze", "grading"},
+    "benchmark": OURS - {"benchmark", "grading"},
 }
 ALSO = {"scope": {"torch"}, "grpo": {"torch"}, "rewards": {"torch"}, "config": {"yaml"}, "algebra": set(),
         "verify": {"math_verify"}}  # outside packages, if limited  # fmt: skip

@@ -216,7 +216,7 @@ def test_the_models_own_generation_config_does_not_leak_in(model, prompts):
 
 def test_sampling_leaves_training_mode_and_uses_the_cache(model, prompts):
     """With gradient checkpointing a model in train() drops its KV cache; sampling happens in eval()."""
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    rollout.recompute_layers(model)
     model.train()
     widths = []
     hook = model.base_model.layers[0].register_forward_pre_hook(
