@@ -213,7 +213,8 @@ def match(a: tuple, b: tuple, budget: Budget) -> bool:
         return match_relations(a, b, budget)
     if len(a[1]) != len(b[1]):
         return False
-    if a[0] != "list":
+    names = [{item[3] for item in tree[1] if item[0] == "="} for tree in (a, b)]
+    if a[0] != "list" or (max(map(len, names)) > 1 and not all(names)):  # x = 1, y = 2 has an order without the names
         return all(match(x, y, budget) for x, y in zip(a[1], b[1]))
     left = list(b[1])
     for x in a[1]:

@@ -27,7 +27,7 @@ SAME = [
     (r"3 \text{ million}", "3000000"), (r"\text{(B)}", "B"), ("Monday", r"\text{monday}"), ("(B)", r"\textbf{B}"),
     # names in front
     ("x = 4", "4"), (r"f(x) = 3x - 1", "3x-1"), (r"(a, b) = (1, 2)", "(1,2)"), (r"x \in [0, 1)", "[0,1)"),
-    ("x_1 = 2, x_2 = 3", "2, 3"), (r"\text{Area} = 9", "9"),
+    ("x_1 = 2, x_2 = 3", "2, 3"), ("y = 2, x = 1", "x=1, y=2"), (r"\text{Area} = 9", "9"),
     # roots, pi, i
     (r"\sqrt{12}", r"2\sqrt3"), (r"\frac{1}{\sqrt{2}}", r"\frac{\sqrt{2}}{2}"), (r"\sqrt{2}\sqrt{3}", r"\sqrt6"),
     (r"\frac{1}{\sqrt2 - 1}", r"\sqrt{2}+1"), (r"\sqrt[3]{54}", r"3\sqrt[3]{2}"), (r"\sqrt[3]{-8}", "-2"),
@@ -65,7 +65,7 @@ DIFFERENT = [
     ("(+5)(b+2)", "(a+5)(b+2)"), (r"\sqrt{x+1}", r"\sqrt{x}+1"), (r"\frac{1}{0}", "0"), ("1.56 = 56", "0.56 = 56"),
     (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1&2\end{pmatrix}"), ("2^{4950}", "2^{4951}"),
     ("x=1,y=2", "x=2,y=1"),
-    (r"5 \text{ or 6}", "5"), ("none", "0"),
+    (r"5 \text{ or 6}", "5"), ("none", "0"), ("2, 1", "x=1, y=2"), ("4, 9", "AB=9, CD=4"),
 ]  # fmt: skip
 
 
