@@ -9,7 +9,8 @@ from itertools import accumulate
 
 from torch import Tensor
 
-from algebra import ONE, TOKEN, Budget, Expression, NoValue, canonical, difference, equal
+import latex
+from latex import TOKEN, Budget, Expression, NoValue, normalise, units_differ, wording
 from verify import math_verify
 
 _STEP = re.compile(r"\s*(-?\d{1,9})\s*([-+*/])\s*(-?\d{1,9})\s*=\s*(-?\d{1,9})\s*", re.ASCII)
@@ -49,31 +50,10 @@ def solves_countdown(text: str, numbers: list[int], target: int) -> bool:
 # ---------------------------------------------------------------- mathematics
 
 _BRACES = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
-# What only looks, or says the same in other words, is put into one spelling; applied in this order.
-_REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in (
-    (r"(?<=\d)\\,(?=\d{3}(?!\d))", ""),
-    (r"\\!\s*|\\?\$|\\(?:displaystyle|limits|left|right|[bB]igg?[lr]?)(?![a-zA-Z])\.?", ""),
-    (r"(?<!\\)\\[,;:> ]|~|\\q?quad(?![a-zA-Z])|\s+", " "),
-    (r"\\(?:text(?:bf|rm|it)?|[mh]box|math(?:rm|bf|it)|operatorname)\s*\{([^{}]*)\}", r'"\1"'),  # words
-    (r'"\s*(?:and|or)\s*"|\b(?:and|or)\b|;', ","),
-    (r"\^\s*(?:\\circ|\{\s*\\circ\s*\})|\\degree(?![a-zA-Z])|°|\\?%", ""),  # 10\% is 10: a convention of all suites
-    (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
-    (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
-    (r"(?<=\d)\{,\}(?=\d{3})", ""),
-    (r"(?<![\d.^])(\d+) ?\\frac\{(\d+)\}\{(\d+)\}", r"(\1+\\frac{\2}{\3})"),  # mixed numbers
-    (r"(?<![\d.^])(\d+) (\d+)/(\d+)", r"(\1+\2/\3)"),
-    (r"\\leq?(?:slant)?(?![a-zA-Z])|≤", "<="), (r"\\geq?(?:slant)?(?![a-zA-Z])|≥", ">="),
-    (r"\\lt(?![a-zA-Z])", "<"), (r"\\gt(?![a-zA-Z])", ">"), (r"\\neq?(?![a-zA-Z])|≠", "!="),
-    (r"\\(?:cdot|times)(?![a-zA-Z])|×|·", "*"), (r"\\div(?![a-zA-Z])|÷", "/"), ("−", "-"),
-    (r"\\[lr]?vert(?![a-zA-Z])", "|"), (r"\\cup(?![a-zA-Z])|∪", ","),  # a union is a list of intervals
-    (r"(?<![\\a-zA-Z])(sqrt|pi|sin|cos|tan|log|ln|infty)(?![a-zA-Z])", r"\\\1"),
-    ("π", r"\\pi"), ("√", r"\\sqrt"), ("∞", r"\\infty"),
-    (r"(?<=\d) ?((?:[a-zA-Z]{4,}|pct|[kcm]m|kg|ft|mph)(?: [a-zA-Z]{2,})*)$", r'"\1"'),  # 18 dollars
-)]  # fmt: skip
-_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
 _RELATIONS = {"=", "!=", "<", "<=", ">", ">=", r"\in"}
-_NAME = re.compile(r'"?\\?[a-zA-Z]+"?(_(\w|\{\w+\}))?(\([a-zA-Z](, ?[a-zA-Z])*\))?|\([a-zA-Z](, ?[a-zA-Z])*\)')
-_MATRIX = re.compile(r"\\begin\{([pb]?matrix|array)\}(?:\{[clr|]*\})?(.*)\\end\{\1\}", re.DOTALL)
+_LETTER = r"(?!\\pi|\\infty)\\?[a-zA-Z]+(?:_(?:\w|\{[^{}]*\}))?'*"
+_NAME = re.compile(rf'(?:{_LETTER}|"[a-zA-Z ]+")(?:\([\w, ]+\))?|\({_LETTER}(?:, ?{_LETTER})*\)')  # x_1, f(x), (a, b)
+_MATRIX = re.compile(r"\\begin\{((?:small|[pbB])?matrix|array)\}(?:\{[clr|]*\})?(.*)\\end\{\1\}", re.DOTALL)
 _OPENING, _CLOSING = ["(", "[", "{", r"\{"], [")", "]", "}", r"\}"]
 
 
@@ -103,8 +83,8 @@ def extract_answer(text: str) -> str | None:
 def is_equal(answer: str, gold: str) -> bool:
     r"""Whether two final answers, in LaTeX or plain, are mathematically the same. Exact: no tolerance, no rounding.
 
-    Units, percent and degree signs, and one side's `x =` are ignored; lists and unions may be in any order, tuples,
-    intervals and matrices not. What is no mathematics is compared as text. Work is bounded; nothing is raised.
+    Units, percent and degree signs, and one side's `x =` are ignored; lists, sets and unions may be in any order,
+    tuples, intervals and matrices not. What is no mathematics is compared as text. Work is bounded; nothing is raised.
 
     >>> is_equal(r"x = 1\frac{1}{2} \text{ cm}", "3/2")
     True
@@ -114,27 +94,15 @@ def is_equal(answer: str, gold: str) -> bool:
     if len(answer) + len(gold) > 1000:
         return answer.strip() == gold.strip() != ""
     one, other = normalise(answer), normalise(gold)
-    words = [re.sub(r"^\((\w)\)$", r"\1", re.sub(r'"|(?<!\d) | (?!\d)', "", text)) for text in (one, other)]
-    if words[0] == words[1] or not words[1]:
-        return words[1] != ""
-    if all(re.fullmatch("[a-zA-Z]{3,}", word) for word in words):
-        return words[0].lower() == words[1].lower()
-    powers = [re.findall(r'"[^"]*" ?\^ ?\{?(\d+)', text) for text in (one, other)]
-    if all(powers) and powers[0] != powers[1]:  # cm^2 is not cm^3, though either may be left out
+    if not wording(one) or not wording(other) or wording(one) == wording(other):
+        return wording(one) == wording(other) != ""
+    if units_differ(one, other):
         return False
     budget = Budget()
     try:
         return match(read(one, budget), read(other, budget), budget)
     except NoValue:
         return False
-
-
-def normalise(text: str) -> str:
-    for pattern, replacement in _REWRITES:
-        text = pattern.sub(replacement, text)
-    if not re.search(r"[(\[]|\\{", text):  # within brackets a comma separates
-        text = _THOUSANDS.sub(lambda number: number[0].replace(",", ""), text)
-    return text.strip().rstrip(".,: ")
 
 
 def split(text: str, separators: set) -> tuple[list[str], list[str]]:
@@ -151,10 +119,10 @@ def split(text: str, separators: set) -> tuple[list[str], list[str]]:
 
 
 def read(text: str, budget: Budget, depth: int = 0) -> tuple:
-    """The tree of a normalised text: a tuple of its kind and its parts.
+    """The tree of a normalised text, a tuple of its kind and its parts.
 
-    ("list", items), ("[)", items) for any pair of brackets, ("matrix", rows), ("value", algebra's), ("text", letters),
-    and (sign, left, right, text of left, text of right) for a relation, with > and >= turned into < and <=.
+    ("list", items), ("set", items), ("[)", items) for any other brackets, ("matrix", rows), ("value", latex's),
+    ("text", letters), and (sign, left, right, text of left, text of right) for a relation, > and >= turned round.
     """
     if depth > 8:
         raise NoValue("too deep")
@@ -166,55 +134,61 @@ def read(text: str, budget: Budget, depth: int = 0) -> tuple:
         trees = [inner(piece) for piece in pieces if piece]
         return "list", [item for tree in trees for item in (tree[1] if tree[0] == "list" else [tree])]
 
-    pieces, found = split(text, {","})
+    pieces, found = split(text, {",", r"\cup"})  # a union is a list of intervals
     if found:
         return joined(pieces)
     pieces, found = split(text, _RELATIONS)
-    if len(found) == 2 and "=" not in found and _NAME.fullmatch(pieces[1]):  # a < x <= b is (a, b]
-        low, high = (pieces[0], pieces[2]) if found[0][0] == "<" else (pieces[2], pieces[0])
-        first, second = found if found[0][0] == "<" else found[::-1]
-        return ("[" if "=" in first else "(") + ("]" if "=" in second else ")"), [inner(low), inner(high)]
+    if found and found[0][0] == ">":
+        pieces, found = pieces[::-1], [sign.replace(">", "<") for sign in found[::-1]]
+    if len(found) > 1 and set(found) == {"="}:  # x = 2 + 3 = 5
+        pieces, found = [pieces[0] if _NAME.fullmatch(pieces[0]) else pieces[-2], pieces[-1]], ["="]
+    named = [bool(_NAME.fullmatch(piece)) for piece in pieces]
+    if named == [False, True, False] and set(found) <= {"<", "<="}:
+        brackets = ("[" if "=" in found[0] else "(") + ("]" if "=" in found[1] else ")")
+        return brackets, [inner(pieces[0]), inner(pieces[2])]  # a < x <= b is (a, b]
+    if len(found) > 1:
+        return "text", wording(text)
     if found:
-        sign, left, right = found[-1], pieces[-2], pieces[-1]
-        if sign[0] == ">":
-            sign, left, right = sign.replace(">", "<"), right, left
-        return sign, inner(left), inner(right), left, right
-    if r"\pm" in text:
-        upper, lower = text.replace(r"\pm", "+").replace(r"\mp", "-"), text.replace(r"\pm", "-").replace(r"\mp", "+")
-        return joined([upper, lower])
+        return found[0], inner(pieces[0]), inner(pieces[1]), *pieces
+    tokens = TOKEN.findall(text) or [""]
     if matrix := _MATRIX.fullmatch(text):
         rows = split(matrix[2], {r"\\"})[0]
         return "matrix", [("row", [inner(cell) for cell in split(row, {"&"})[0]]) for row in rows if row]
-    tokens = TOKEN.findall(text) or [""]
     depths = list(accumulate((token in _OPENING) - (token in _CLOSING) for token in tokens))
     if tokens[0] in _OPENING and 0 in depths and depths.index(0) == len(tokens) - 1:
         pieces, found = split("".join(tokens[1:-1]), {","})
-        if "{" in tokens[0]:
-            return joined(pieces) if found else inner(pieces[0])
+        if not found and tokens[-1] == _CLOSING[_OPENING.index(tokens[0])]:
+            return inner(pieces[0])
+        if found and "{" in tokens[0]:
+            return "set", joined(pieces)[1]
         if found:
             return tokens[0] + tokens[-1], [inner(piece) for piece in pieces]
+    if r"\pm" in tokens:
+        plus, minus = (text.replace(r"\pm", a).replace(r"\mp", b) for a, b in ("+-", "-+"))
+        return joined([plus, minus])
     try:
         return "value", Expression(text, budget).value()
     except NoValue:
-        return "text", re.sub(r'[\s"{}]', "", text)
+        return "text", wording(text)
 
 
 def match(a: tuple, b: tuple, budget: Budget) -> bool:
     """Whether two trees mean the same."""
-    if a[0] != b[0]:
-        if len(b) == 5:
+    kinds = {a[0], b[0]}
+    if len(kinds) == 2 and kinds != {"list", "set"}:
+        if b[0] in _RELATIONS:
             a, b = b, a
-        return len(a) == 5 and (bare := without_name(*a)) is not None and match(bare, b, budget)
+        return a[0] in _RELATIONS and (bare := without_name(*a, budget)) is not None and match(bare, b, budget)
     if a[0] == "text":
         return a[1] == b[1]
     if a[0] == "value":
-        return equal(a[1], b[1], budget)
+        return latex.equal(a[1], b[1], budget)
     if a[0] in _RELATIONS:
         return match_relations(a, b, budget)
     if len(a[1]) != len(b[1]):
         return False
-    names = [{item[3] for item in tree[1] if item[0] == "="} for tree in (a, b)]
-    if a[0] != "list" or (max(map(len, names)) > 1 and not all(names)):  # x = 1, y = 2 has an order without the names
+    names = [{item[3].partition("_")[0] for item in tree[1] if item[0] == "="} for tree in (a, b)]
+    if not kinds <= {"list", "set"} or (max(map(len, names)) > 1 and not all(names)):  # x = 1, y = 2 has an order
         return all(match(x, y, budget) for x, y in zip(a[1], b[1]))
     left = list(b[1])
     for x in a[1]:
@@ -225,15 +199,17 @@ def match(a: tuple, b: tuple, budget: Budget) -> bool:
     return True
 
 
-def without_name(sign: str, left: tuple, right: tuple, left_text: str, right_text: str) -> tuple | None:
-    """`x = 3` as 3, `x in S` as S, `x < 3` as (-infinity, 3); None if a side more than names something."""
+def without_name(sign: str, left: tuple, right: tuple, left_text: str, right_text: str, budget: Budget) -> tuple | None:
+    """`x = 3` as 3, `2 + 1 = 3` too, `x in S` as S, `x < 3` as (-infinity, 3); None for what says more."""
+    named = [bool(_NAME.fullmatch(text)) for text in (left_text, right_text)]
     if sign in ("=", r"\in"):
-        return right if _NAME.fullmatch(left_text) else None
-    if sign[0] == "<" and _NAME.fullmatch(left_text):
-        return ("(]" if "=" in sign else "()"), [read(r"-\infty", Budget()), right]
-    if sign[0] == "<" and _NAME.fullmatch(right_text):
-        return ("[)" if "=" in sign else "()"), [left, read(r"\infty", Budget())]
-    return None
+        return right if named[0] or (sign == "=" and match(left, right, budget)) else None
+    if sign == "!=" or named[0] == named[1]:
+        return None
+    infinity = latex.symbol(r"\infty")
+    if named[0]:
+        return ("(]" if "=" in sign else "()"), [("value", latex.negative(infinity)), right]
+    return ("[)" if "=" in sign else "()"), [left, ("value", infinity)]
 
 
 def match_relations(a: tuple, b: tuple, budget: Budget) -> bool:
@@ -242,8 +218,8 @@ def match_relations(a: tuple, b: tuple, budget: Budget) -> bool:
         return True
     if {side[0] for side in (*a[1:3], *b[1:3])} != {"value"}:
         return False
-    (n, d), (m, e) = (difference(relation[1][1], relation[2][1], budget) for relation in (a, b))
-    if n.keys() != m.keys() or not n.keys() - {()} or (a[0][0] == "<" and (d, e) != (ONE, ONE)):
+    (n, d), (m, e) = (latex.difference(relation[1][1], relation[2][1], budget) for relation in (a, b))
+    if n.keys() != m.keys() or not n.keys() - {()} or (a[0][0] == "<" and (d, e) != (latex.ONE, latex.ONE)):
         return False
     ratios = {n[monomial] / m[monomial] for monomial in n}
     return len(ratios) == 1 and (a[0][0] != "<" or ratios.pop() > 0)
@@ -253,17 +229,20 @@ def answer_key(answer: str) -> str:
     """A text that equal answers share, to count votes by; answers that share it are equal, units aside."""
 
     def key(tree: tuple) -> str:
-        if tree[0] == "value":
-            return canonical(tree[1])
-        if isinstance(tree[1], list):
-            parts = [key(part) for part in tree[1]]
-            return f"{tree[0]}{sorted(parts) if tree[0] == 'list' else parts}"
-        return "".join(tree[-1].split()) if tree[0] == "text" else f"{key(tree[1])} {tree[0]} {key(tree[2])}"
+        if tree[0] in ("value", "text"):
+            return latex.canonical(tree[1]) if tree[0] == "value" else tree[1]
+        if tree[0] in _RELATIONS:
+            return f"{key(tree[1])} {tree[0]} {key(tree[2])}"
+        parts = [key(part) for part in tree[1]]
+        return f"list{sorted(parts)}" if tree[0] in ("list", "set") else f"{tree[0]}{parts}"
 
-    try:
-        return key(read(normalise(answer[:1000]), Budget()))
-    except NoValue:
+    if len(answer) > 1000:
         return answer.strip()
+    text = normalise(answer)
+    try:
+        return wording(text) if re.fullmatch("[a-zA-Z]{2,}", wording(text)) else key(read(text, Budget()))
+    except NoValue:
+        return wording(text)
 
 
 GRADERS = {"exact": is_equal, "math_verify": math_verify}

@@ -21,9 +21,9 @@ OPTIONAL = {"matplotlib", "math_verify"}  # imported in the branch that was aske
 MAY_IMPORT = {
     "scope": set(),
     "grpo": set(),
-    "algebra": set(),
+    "latex": set(),
     "verify": set(),
-    "rewards": {"algebra", "verify"},
+    "rewards": {"latex", "verify"},
     "config": set(),
     "distributed": set(),
     "rollout": {"config"},
@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "train": OURS - {"train", "benchmark", "analyze", "grading"},
     "benchmark": OURS - {"benchmark", "grading"},
 }
-ALSO = {"scope": {"torch"}, "grpo": {"torch"}, "rewards": {"torch"}, "config": {"yaml"}, "algebra": set(),
+ALSO = {"scope": {"torch"}, "grpo": {"torch"}, "rewards": {"torch"}, "config": {"yaml"}, "latex": set(),
         "verify": {"math_verify"}}  # outside packages, if limited  # fmt: skip
 
 
