@@ -167,7 +167,7 @@ def introduction(folder: Path, policy, tokenizer, stop: list[int], problems: lis
             f"{config.grpo.updates_per_rollout} update(s) each; "
             f"{config.steps} steps = {config.steps / (len(problems) // config.prompts_per_step):.2f} epochs of "
             f"{len(problems)} problems; {sum(p.numel() for p in policy.parameters()):,} parameters\n"
-            f"first prompt: {tokenizer.decode(first_prompt)!r}; stop ids: {stop}")
+            f"first prompt: {tokenizer.decode(first_prompt)!r}; stop ids: {dry_run.stops(stop, tokenizer)}")
 
 
 def mean_of(rows: list[dict[str, float]]) -> dict[str, float]:
