@@ -6,6 +6,7 @@ answered by a chain of steps: `3*5=15, 15+7=22, 22+2=24`. Mathematics: {"problem
 """
 
 import json
+import math
 import random
 import re
 import zlib
@@ -70,13 +71,13 @@ def read_text(path: str) -> str:
         if path.startswith("hf://"):
             from huggingface_hub import HfFileSystem  # transformers brings it along
 
-            return HfFileSystem().read_text(path, encoding="utf-8")
+            return HfFileSystem().read_text(path, encoding="utf-8-sig")
         if is_remote(path):
             from urllib.request import urlopen
 
             with urlopen(path, timeout=30) as answer:
-                return answer.read().decode("utf-8")
-        return Path(path).read_text(encoding="utf-8")
+                return answer.read().decode("utf-8-sig")
+        return Path(path).read_text(encoding="utf-8-sig")  # -sig: some editors put a mark in front
     except Exception as error:  # whatever the hub's client, the network and the disk raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         mend = "check the name and the network, or download the file and give its local path" if is_remote(path) else (
@@ -112,7 +113,7 @@ def read_jsonl(path: str, *, problem_field: str = "auto", answer_field: str = "a
             problems.append(problem)
     if not problems:
         raise UserError(f"data: {path} holds no problem: give a file with at least one row"
-                        + (" that has a gold answer" if unusable else ""))  # fmt: skip
+                        + (f" that has a gold answer (data.answer_field={answer_field})" if unusable else ""))  # fmt: skip
     return problems, unusable
 
 
@@ -136,21 +137,22 @@ def math_problem(row: dict, problem_field: str, answer_field: str) -> dict:
     if field is None:
         raise ValueError(f'it has no "{names[0]}"; its fields are {", ".join(row) or "none"}: name the one to read '
                          "with data.problem_field=")
-    if not isinstance(row[field], str) or not row[field].strip():
-        raise ValueError(f'"{field}" must be text, not {json.dumps(row[field])[:40]}')
+    text = row[field]
+    if not isinstance(text, str) or not text.strip() or re.search("[\ud800-\udfff]", text):  # half a character
+        raise ValueError(f'"{field}" must be text, not {json.dumps(text)[:40]}')
     for name in ["answer", "solution"] if answer_field == "auto" else [answer_field.lower()]:
         answer = gold_answer(row.get(name), name)
         if answer:
             break
     level = re.search(r"\d+", str(row.get("level", "")))
     subject = row.get("subject") or row.get("type") or ""
-    return {"problem": row[field].strip(), "answer": answer, "level": level and int(level[0]), "subject": str(subject)}
+    return {"problem": text.strip(), "answer": answer, "level": level and int(level[0]), "subject": str(subject)}
 
 
 def gold_answer(value, name: str) -> str:
     """The final answer in a field: after GSM8K's last ####, in MATH's last \\boxed{}, or the field as it stands."""
-    if type(value) in (int, float):
-        return f"{value:.15g}"
+    if type(value) is int or (type(value) is float and math.isfinite(value)):
+        return str(int(value)) if value == int(value) else repr(value)  # 27.0 is 27
     if value is None:
         return ""
     if not isinstance(value, str):

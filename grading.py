@@ -80,7 +80,7 @@ def sweep(file: str, golds: list[str]) -> None:
 def main(files: list[str]) -> None:
     configs.require(bool(files), "give JSONL files, as in `python grading.py vectors.jsonl math/train.jsonl`")
     for file in files:
-        lines = data.read_text(file).splitlines()
+        lines = data.read_text(file).split("\n")
         first = json.loads(lines[0]) if lines and lines[0].startswith("{") else {}
         if {"pred", "gold", "equal"} <= first.keys():
             compare([json.loads(line) for line in lines if line.strip()])

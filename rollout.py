@@ -183,9 +183,17 @@ def turn_end(tokenizer) -> int | None:
     if tokenizer.chat_template is None:
         return None
     chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "ANSWER"}]
-    rest = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("ANSWER")[2].strip()
+    rest = from_template(tokenizer, chat).rpartition("ANSWER")[2].strip()
     first = tokenizer(rest, add_special_tokens=False).input_ids[:1]
     return first[0] if first and first[0] in tokenizer.get_added_vocab().values() else None
+
+
+def from_template(tokenizer, chat: list, **arguments):
+    try:
+        return tokenizer.apply_chat_template(chat, tokenize=False, **arguments)
+    except Exception as error:  # templates raise what they like; Gemma's refuses a system message
+        raise UserError(f"the model's chat template refuses the prompt ({' '.join(str(error).split())[:200]}): "
+                        "leave prompt.system empty, and say it in prompt.math") from None
 
 
 def encode_prompts(tokenizer, texts: list[str], *, system: str = "") -> list[list[int]]:
@@ -194,7 +202,7 @@ def encode_prompts(tokenizer, texts: list[str], *, system: str = "") -> list[lis
         return tokenizer(texts).input_ids
     before = [{"role": "system", "content": system}] if system else []
     chats = [[*before, {"role": "user", "content": text}] for text in texts]
-    rendered = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
+    rendered = from_template(tokenizer, chats, add_generation_prompt=True)
     return tokenizer(rendered, add_special_tokens=False).input_ids  # the template holds the special tokens
 
 

@@ -33,14 +33,22 @@ def test_sets_as_their_owners_publish_them(tmp_path):
     others = [
         {"problem": "1+1?", "solution": r"It is \boxed{3}, no.", "answer": "2", "subject": "Algebra", "level": 3},
         # MATH-500
-        {"problem": "27?", "answer": 27.0}, {"problem": "25?", "answer": "025"}, {"Problem": "9?", "Answer": 9},
+        {"problem": "27?", "answer": 27.0}, {"problem": "big", "answer": 10**22 + 1},
+        {"problem": "0.1?", "answer": 0.1}, {"problem": "25?", "answer": "025"}, {"Problem": "9?", "Answer": 9},
         # AMC, AIME
         {"prompt": "Half?", "answer": None, "solution": r"\boxed{\frac{1}{2}}", "level": "Level ?"},
     ]  # fmt: skip
     problems, _ = data.read_jsonl(write(tmp_path / "others.jsonl", others))
-    assert [problem["answer"] for problem in problems] == ["2", "27", "025", "9", r"\frac{1}{2}"]
+    assert [problem["answer"] for problem in problems] == ["2", "27", str(10**22 + 1), "0.1", "025", "9",
+                                                           r"\frac{1}{2}"]
     assert (problems[0]["level"], problems[0]["subject"], problems[-1]["level"]) == (3, "Algebra", None)
-    assert is_equal("25", problems[2]["answer"])
+    assert is_equal("25", problems[4]["answer"])
+
+
+def test_a_byte_order_mark_line_ends_and_odd_line_separators(tmp_path):
+    (tmp_path / "p.jsonl").write_bytes(b"\xef\xbb\xbf" + '{"problem": "a\u2028b", "answer": "1"}\r\n\r\n'.encode() * 2)
+    problems, _ = data.read_jsonl(str(tmp_path / "p.jsonl"))
+    assert [problem["problem"] for problem in problems] == ["a\u2028b"] * 2
 
 
 def test_fields_may_be_named(tmp_path):
@@ -56,6 +64,7 @@ def test_fields_may_be_named(tmp_path):
     [({"problem": 5, "answer": "1"}, '"problem" must be text, not 5'),
      ({"problem": "", "answer": "1"}, '"problem" must be'),
      ({"problem": "x", "answer": [1]}, r'"answer" must be text or a number, not \[1\]'), ([1], "no JSON object"),
+     ({"problem": "x", "answer": float("nan")}, "text or a number, not NaN"), ({"problem": "\ud800"}, "must be text"),
      ({"problem": "x", "answer": True}, '"answer" must be text or a number, not true'),
      ({"answer": "1"}, 'no "problem"'),
      ({"numbers": [1], "target": 1}, "do not go into one file"), ({}, "its fields are none")],
@@ -177,6 +186,15 @@ def test_prompts_go_through_the_chat_template_or_the_plain_one():
     llama = tokenizer("llama", chat=True)
     ids = steps.prompt_ids(llama, [PROBLEM], config)[0]
     assert ids.count(llama.bos_token_id) == 1 and ids[0] == llama.bos_token_id  # the template's, and no second one
+
+
+def test_a_template_that_refuses_a_system_message_is_told():
+    words = tokenizer("qwen", chat=True)
+    words.chat_template = ("{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+                           "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}")  # fmt: skip
+    assert words.decode(steps.prompt_ids(words, [PROBLEM], config_of())[0]).endswith("<|im_end|>")
+    with pytest.raises(UserError, match="no system role.*prompt.system"):
+        steps.prompt_ids(words, [PROBLEM], config_of("prompt.system=Think."))
 
 
 @pytest.mark.parametrize("chat", [True, False])
