@@ -112,8 +112,8 @@ def read_jsonl(path: str, *, problem_field: str = "auto", answer_field: str = "a
         else:
             problems.append(problem)
     if not problems:
-        raise UserError(f"data: {path} holds no problem: give a file with at least one row"
-                        + (f" that has a gold answer (data.answer_field={answer_field})" if unusable else ""))  # fmt: skip
+        mend = f" that has a gold answer (data.answer_field={answer_field})" if unusable else ""
+        raise UserError(f"data: {path} holds no problem: give a file with at least one row{mend}")
     return problems, unusable
 
 
