@@ -250,6 +250,8 @@ def problem_sets(config) -> tuple[list[dict], list[dict], list[str]]:
         notes += more
         problems, out = parted(problems, lambda problem: wanted(problem, config.data.filter))
         notes += left_out(out, problems, file, f"do not fit data.filter={config.data.filter}")
+        require(bool(problems), f"data.filter={config.data.filter} leaves no problem of {file}: its levels are "
+                                f"{spellings(out, 'level')}, its subjects {spellings(out, 'subject')}")  # fmt: skip
         if not auto:
             seen = {json.dumps(problem) for problem in heldout}
             problems, out = parted(problems, lambda problem: json.dumps(problem) not in seen)
@@ -266,6 +268,11 @@ def problem_sets(config) -> tuple[list[dict], list[dict], list[str]]:
     if not heldout:
         heldout = countdown(config.evaluation.problems, heldout=True, **vars(config.countdown))
     return problems, heldout[: config.evaluation.problems], notes
+
+
+def spellings(problems: list[dict], field: str) -> str:
+    found = {str(problem.get(field)) for problem in problems if problem.get(field)}
+    return ", ".join(sorted(found)[:10]) or "not given"
 
 
 def parted(problems: list[dict], test) -> tuple[list[dict], list[dict]]:

@@ -112,6 +112,9 @@ def test_training_and_evaluation_never_overlap(tmp_path):
     filtered = data.problem_sets(config_of(f"data={file}", "data.validation=0.3", "data.filter=subject=Algebra"))
     assert filtered[1] == [problem for problem in heldout if problem["subject"] == "Algebra"]
 
+    with pytest.raises(UserError, match="filter=level=9 leaves no problem.* 1, 2, 3, 4, 5, .*Algebra, Number"):
+        data.problem_sets(config_of(f"data={file}", "data.filter=level=9"))
+
     other = write(tmp_path / "other.jsonl", [*MATH[:4], *GSM8K[:3]])
     training, heldout, notes = data.problem_sets(config_of(f"data={file}", f"evaluation.data={other}"))
     assert len(heldout) == 7 and len(training) == 26
