@@ -4,6 +4,7 @@ import gc
 import os
 from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -37,7 +38,8 @@ def setup() -> World:
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=device)
+        # Rank 0 alone saves, and evaluations end unevenly: more than the 10 minutes of the default.
+        dist.init_process_group("nccl", device_id=device, timeout=timedelta(hours=12))
     else:
         device = torch.device("cpu")
         # torchrun gives each of several processes one thread; share the cores out instead.

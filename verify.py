@@ -67,6 +67,7 @@ def serve() -> None:
         except Exception:  # whatever the library raises on text that is no mathematics
             verdict = False
         print(json.dumps(verdict), file=replies, flush=True)
+        signal.alarm(0)
 
 
 if __name__ == "__main__":
