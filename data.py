@@ -253,8 +253,8 @@ def problem_sets(config) -> tuple[list[dict], list[dict], list[str]]:
         require(bool(problems), f"data.filter={config.data.filter} leaves no problem of {file}: its levels are "
                                 f"{spellings(out, 'level')}, its subjects {spellings(out, 'subject')}")  # fmt: skip
         if not auto:
-            seen = {json.dumps(problem) for problem in heldout}
-            problems, out = parted(problems, lambda problem: json.dumps(problem) not in seen)
+            seen = {identity(problem) for problem in heldout}
+            problems, out = parted(problems, lambda problem: identity(problem) not in seen)
             notes += left_out(out, problems, file, "are in evaluation.data too")
         elif "numbers" in (problems or [{}])[0]:
             problems, out = parted(problems, lambda problem: not is_heldout(**problem))
@@ -268,6 +268,12 @@ def problem_sets(config) -> tuple[list[dict], list[dict], list[str]]:
     if not heldout:
         heldout = countdown(config.evaluation.problems, heldout=True, **vars(config.countdown))
     return problems, heldout[: config.evaluation.problems], notes
+
+
+def identity(problem: dict) -> str:
+    """What makes two rows one problem: the text whatever its spaces, or the numbers in any order and the target."""
+    return str((sorted(problem["numbers"]), problem["target"])) if "numbers" in problem else " ".join(
+        problem["problem"].split())  # fmt: skip
 
 
 def spellings(problems: list[dict], field: str) -> str:
