@@ -7,7 +7,6 @@ Each step's rollouts are drawn once and updated from by every strategy in turn, 
 busy machine slows all of them alike. Weights stay as they are (learning rate 0): only time is measured.
 """
 
-import copy
 import sys
 import time
 
@@ -15,46 +14,39 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import config as configs
 import data
-import distributed
 import grpo
-import rollout
 import step as steps
-import toy
-import train
+from support import config as configs
+from support import distributed
 
 STRATEGIES = ("none", "scope", "all")
 
 
 def main(keys: dict) -> None:
-    train.check_words(keys)
     config = configs.namespace(configs.nest(keys))
     configs.require(config.grpo.updates_per_rollout == 1, "grpo.updates_per_rollout: the benchmark times one update")
+    config.optimizer.lr = config.optimizer.weight_decay = 0.0
+    config.selection.strategy = "scope"  # so that there is a reference model
+    steps.check_methods(config)
     (problems, _, _), world = data.problem_sets(config), distributed.setup()
-    policy, tokenizer = rollout.load(toy.model_folder(config.model, config))
-    problems = steps.that_fit(policy.config, tokenizer, problems, config)
-    policy.to(world.device).train()
-    if config.gradient_checkpointing:
-        rollout.recompute_layers(policy)
-    stop = rollout.stop_ids(policy, tokenizer)
-    reference = copy.deepcopy(policy).eval().requires_grad_(False)
-    objective = steps.Objective(policy, config, world.size)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0, weight_decay=0.0)
+    run = steps.set_up(config, problems, world)
     seconds: dict[str, list[float]] = {name: [] for name in ("rollout", *STRATEGIES)}
 
     for step in tqdm(range(config.steps + 1), desc="benchmark", unit="step"):
         started = clock(world)
-        sampled, _, rewards, correct = steps.roll_out(policy, tokenizer, stop, problems, step, config, world)
+        asked, rows = steps.draw_problems(run, step)
+        sampled = steps.sample(run, asked, rows, step)
+        rewards, correct, _ = steps.reward(run, asked, sampled)
         seconds["rollout"].append(clock(world) - started)
         advantages = grpo.group_advantages(rewards, config.group_size, eps=config.grpo.advantage_eps)
         for strategy in STRATEGIES if step % 2 else reversed(STRATEGIES):
             config.selection.strategy = strategy
             started = clock(world)
             selection = steps.select(sampled, sampled.logprobs, advantages, config, seed=step)
-            batches = steps.micro_batches(sampled, advantages, correct, selection, reference, config, world)
-            steps.update(objective, optimizer, batches, selection, on_policy=True, world=world,
-                         max_grad_norm=config.optimizer.max_grad_norm)  # fmt: skip
+            batches = steps.micro_batches(sampled, advantages, correct, selection, run.reference, config, world)
+            steps.update(run.loss, run.optimizer, batches, selection, on_policy=True, world=world,
+                         max_grad_norm=config.optimizer.max_grad_norm)
             seconds[strategy].append(clock(world) - started)
 
     median = {name: float(np.median(times[1:])) for name, times in seconds.items()}  # the first step warms up

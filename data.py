@@ -1,4 +1,4 @@
-"""Problems: the Countdown generator, problems from a JSONL file, and their prompts and grades.
+"""Problems: the Countdown generator, problems from a JSONL file, their prompts and grades, and what is held out.
 
 A problem is a dict. Countdown: {"numbers": [3, 5, 7, 2], "target": 24}, "use each number once to reach the target",
 answered by a chain of steps: `3*5=15, 15+7=22, 22+2=24`. Mathematics: {"problem": text, "answer": final answer,
@@ -6,14 +6,15 @@ answered by a chain of steps: `3*5=15, 15+7=22, 22+2=24`. Mathematics: {"problem
 """
 
 import json
-import math
 import random
 import re
 import zlib
-from pathlib import Path
 
-from config import UserError, is_remote, require
-from rewards import GRADERS, answer_key, extract_answer, solves_countdown
+from grading import GRADERS, answer_key, extract_answer, gold_answer
+from rewards import solves_countdown
+from support import models
+from support.config import UserError, print_notes, require
+from support.files import read_text
 
 
 def is_heldout(numbers: list[int], target: int) -> bool:
@@ -63,26 +64,6 @@ def countdown(count: int, *, heldout: bool, numbers: int, largest: int, limit: i
 
 
 # ---------------------------------------------------------------- files
-
-
-def read_text(path: str) -> str:
-    """A local file's text, or that of a file on the hub (hf://datasets/owner/name/file) or the web (https://...)."""
-    try:
-        if path.startswith("hf://"):
-            from huggingface_hub import HfFileSystem  # transformers brings it along
-
-            return HfFileSystem().read_text(path, encoding="utf-8-sig")
-        if is_remote(path):
-            from urllib.request import urlopen
-
-            with urlopen(path, timeout=30) as answer:
-                return answer.read().decode("utf-8-sig")
-        return Path(path).read_text(encoding="utf-8-sig")  # -sig: some editors put a mark in front
-    except Exception as error:  # whatever the hub's client, the network and the disk raise
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        mend = "check the name and the network, or download the file and give its local path" if is_remote(path) else (
-            "give `countdown` or a JSONL file in UTF-8")
-        raise UserError(f"data: cannot read {path} ({reason}): {mend}") from None
 
 
 def read_jsonl(path: str, *, problem_field: str = "auto", answer_field: str = "auto") -> tuple[list[dict], list[int]]:
@@ -149,22 +130,7 @@ def math_problem(row: dict, problem_field: str, answer_field: str) -> dict:
     return {"problem": text.strip(), "answer": answer, "level": level and int(level[0]), "subject": str(subject)}
 
 
-def gold_answer(value, name: str) -> str:
-    """The final answer in a field: after GSM8K's last ####, in MATH's last \\boxed{}, or the field as it stands."""
-    if type(value) is int or (type(value) is float and math.isfinite(value)):
-        return str(int(value)) if value == int(value) else repr(value)  # 27.0 is 27
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise ValueError(f'"{name}" must be text or a number, not {json.dumps(value)[:40]}')
-    if "####" in value:
-        return value.rpartition("####")[2].strip()
-    if r"\boxed" in value or name == "solution":  # a solution's prose is no answer
-        return (extract_answer(value) or "").strip()
-    return value.strip()
-
-
-def wanted(problem: dict, conditions: str) -> bool:
+def matches(problem: dict, conditions: str) -> bool:
     """Whether a problem meets a data.filter such as "level=3-5; subject=Algebra,Geometry"."""
     for condition in filter(str.strip, conditions.split(";")):
         field, equals, values = (part.strip() for part in condition.partition("="))
@@ -199,6 +165,23 @@ def render(problem: dict, prompt, *, chat: bool) -> str:
     if "numbers" in problem:
         return fill(prompt.countdown, problem)
     return fill(prompt.math if chat else prompt.plain, problem)
+
+
+def prompt_ids(tokenizer, problems: list[dict], prompt) -> list[list[int]]:
+    """Token ids of the problems' prompts: the same in training, evaluation and analysis."""
+    texts = [render(problem, prompt, chat=tokenizer.chat_template is not None) for problem in problems]
+    return models.encode_prompts(tokenizer, texts, system=prompt.system)
+
+
+def drop_long_prompts(problems: list[dict], tokenizer, context: int, config) -> list[dict]:
+    """The problems whose prompt and completion fit the model's context; a note on the others."""
+    lengths = [len(ids) for ids in prompt_ids(tokenizer, problems, config.prompt)]
+    kept = [problem for problem, length in zip(problems, lengths) if length + config.max_new_tokens <= context]
+    message = (f"max_new_tokens={config.max_new_tokens}: with prompts of up to {max(lengths)} tokens {len(kept)} of "
+               f"{len(problems)} problems fit the model's context of {context}")
+    require(len(kept) >= config.prompts_per_step, f"{message}; lower it or shorten the prompt")
+    print_notes([f"{message}; the others are left out of training"] * (len(kept) < len(problems)))
+    return kept
 
 
 def is_correct(problem: dict, text: str, grader: str) -> bool:
@@ -248,23 +231,23 @@ def problem_sets(config) -> tuple[list[dict], list[dict], list[str]]:
     else:
         problems, more = evaluation_problems(config, file)
         notes += more
-        problems, out = parted(problems, lambda problem: wanted(problem, config.data.filter))
-        notes += left_out(out, problems, file, f"do not fit data.filter={config.data.filter}")
+        problems, out = partition(problems, lambda problem: matches(problem, config.data.filter))
+        notes += note_on(out, problems, file, f"do not fit data.filter={config.data.filter}")
         require(bool(problems), f"data.filter={config.data.filter} leaves no problem of {file}: its levels are "
-                                f"{spellings(out, 'level')}, its subjects {spellings(out, 'subject')}")  # fmt: skip
+                                f"{values_of(out, 'level')}, its subjects {values_of(out, 'subject')}")
         if not auto:
             seen = {identity(problem) for problem in heldout}
-            problems, out = parted(problems, lambda problem: identity(problem) not in seen)
-            notes += left_out(out, problems, file, "are in evaluation.data too")
-        elif "numbers" in (problems or [{}])[0]:
-            problems, out = parted(problems, lambda problem: not is_heldout(**problem))
-            notes += left_out(out, problems, file, "are on the side that evaluation.data=auto is drawn from")
+            problems, out = partition(problems, lambda problem: identity(problem) not in seen)
+            notes += note_on(out, problems, file, "are in evaluation.data too")
+        elif "numbers" in problems[0]:
+            problems, out = partition(problems, lambda problem: not is_heldout(**problem))
+            notes += note_on(out, problems, file, "are on the side that evaluation.data=auto is drawn from")
         else:
-            problems, heldout = parted(problems, lambda problem: not is_validation(problem, config.data.validation))
+            problems, heldout = partition(problems, lambda problem: not is_validation(problem, config.data.validation))
             reason = f"are the share data.validation={config.data.validation}, kept for evaluation.data=auto"
-            notes += left_out(heldout, problems, file, reason)
+            notes += note_on(heldout, problems, file, reason)
             require(bool(heldout), f"data.validation={config.data.validation} of {file} is no problem at all: "
-                                   "raise it, or give evaluation.data=FILE")  # fmt: skip
+                                   "raise it, or give evaluation.data=FILE")
     if not heldout:
         heldout = countdown(config.evaluation.problems, heldout=True, **vars(config.countdown))
     return problems, heldout[: config.evaluation.problems], notes
@@ -272,20 +255,21 @@ def problem_sets(config) -> tuple[list[dict], list[dict], list[str]]:
 
 def identity(problem: dict) -> str:
     """What makes two rows one problem: the text whatever its spaces, or the numbers in any order and the target."""
-    return str((sorted(problem["numbers"]), problem["target"])) if "numbers" in problem else " ".join(
-        problem["problem"].split())  # fmt: skip
+    if "numbers" in problem:
+        return str((sorted(problem["numbers"]), problem["target"]))
+    return " ".join(problem["problem"].split())
 
 
-def spellings(problems: list[dict], field: str) -> str:
+def values_of(problems: list[dict], field: str) -> str:
     found = {str(problem.get(field)) for problem in problems if problem.get(field)}
     return ", ".join(sorted(found)[:10]) or "not given"
 
 
-def parted(problems: list[dict], test) -> tuple[list[dict], list[dict]]:
+def partition(problems: list[dict], test) -> tuple[list[dict], list[dict]]:
     """Those that pass the test, and the others."""
     verdicts = [test(problem) for problem in problems]
     return [p for p, good in zip(problems, verdicts) if good], [p for p, good in zip(problems, verdicts) if not good]
 
 
-def left_out(out: list[dict], kept: list[dict], file: str, reason: str) -> list[str]:
+def note_on(out: list[dict], kept: list[dict], file: str, reason: str) -> list[str]:
     return [f"{len(out)} of {len(out) + len(kept)} problems of {file} {reason}: left out of training"] if out else []

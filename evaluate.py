@@ -11,9 +11,9 @@ are kept in evaluations/ as they come, so that a killed evaluation goes on where
 
 import sys
 
-import config as configs
+from support import config as configs
 
-if __name__ == "__main__":  # before torch is imported: a typo is told at once
+if __name__ == "__main__":  # before torch is imported: a typo is reported at once
     with configs.one_line_errors():
         KEYS = configs.evaluation_keys(sys.argv[1:])
 
@@ -27,15 +27,17 @@ import torch
 from tqdm import tqdm
 
 import data
-import distributed
-import plots
 import rollout
-import step
+import step as steps
 import toy
+from support import distributed, models, plots
+from support.files import file_name, fingerprint, replace_text
+from support.plots import difference_table, format_table
+from support.statistics import Estimate, difference
 
 STEP = -1  # the `step` of every evaluation's draws: no training step has it, and all models face the same noise
 
-# ---------------------------------------------------------------- figures
+# ---------------------------------------------------------------- metrics
 
 
 def pass_at_k(num_samples, num_correct, k: int):
@@ -97,30 +99,6 @@ def d_collapse(base_entropy, entropy, *, fraction: float = 0.2) -> float:
 
 
 @dataclass
-class Figure:
-    """A figure made of problems: offset + scale * sum_p top_p / sum_p bottom_p; a plain mean has bottom 1."""
-
-    top: np.ndarray  # [P]
-    bottom: np.ndarray  # [P]
-    offset: float = 0.0
-    scale: float = 1.0
-
-    @property
-    def value(self) -> float:
-        return self.offset + self.scale * float(self.top.sum() / self.bottom.sum())
-
-    @property
-    def error(self) -> float | None:
-        """Standard error, clustered by problem: a problem's samples stand or fall together. None for one problem."""
-        problems = len(self.top)
-        if problems < 2:
-            return None
-        residual = self.top - self.bottom * self.top.sum() / self.bottom.sum()
-        spread = np.sqrt((residual**2).sum() * problems / (problems - 1)) / self.bottom.sum()
-        return abs(self.scale) * float(spread)
-
-
-@dataclass
 class Evaluation:
     """n samples of each of P problems. Token entropies are flat, in nats, in the order of the completions."""
 
@@ -144,75 +122,61 @@ class Evaluation:
         totals = np.concatenate([[0.0], np.cumsum(token_values, dtype=np.float64)])
         return np.diff(totals[np.concatenate([[0], ends])])
 
-    def figures(self, ks, base: "Evaluation | None" = None, fixed_text: np.ndarray | None = None) -> dict[str, Figure]:
-        """Every figure, in the table's order. fixed_text: this model's token entropies on the base's completions."""
+    def metrics(self, ks, base: "Evaluation | None" = None, fixed_text: np.ndarray | None = None) -> dict:
+        """Every metric, in the table's order. fixed_text: this model's token entropies on the base's completions."""
         problems, samples = self.correct.shape
         one = np.ones(problems)
         accurate, tokens = self.correct[:, :16], self.lengths.sum(axis=1).astype(float)
-        figures = {f"acc@{accurate.shape[1]}": Figure(accurate.mean(axis=1), one)}
+        metrics = {f"acc@{accurate.shape[1]}": Estimate(accurate.mean(axis=1), one)}
         for k in ks:
-            figures[f"pass@{k}"] = Figure(pass_at_k(samples, self.correct.sum(axis=1), k), one)
-        figures[f"majority@{samples}"] = Figure(majority_at_k(self.answers, self.correct, samples), one)
-        figures["distinct"] = Figure(np.array([len(np.unique(row)) for row in self.answers], dtype=float), one)
-        figures["entropy"] = Figure(self.per_problem(self.entropy), tokens)
+            metrics[f"pass@{k}"] = Estimate(pass_at_k(samples, self.correct.sum(axis=1), k), one)
+        metrics[f"majority@{samples}"] = Estimate(majority_at_k(self.answers, self.correct, samples), one)
+        metrics["distinct"] = Estimate(np.array([len(np.unique(row)) for row in self.answers], dtype=float), one)
+        metrics["entropy"] = Estimate(self.per_problem(self.entropy), tokens)
         if base is not None:
-            figures["d_collapse"] = self.collapse(base, self.entropy, self)
+            metrics["d_collapse"] = self.collapse(base, self.entropy, self)
         if fixed_text is not None:
-            figures["d_collapse fixed"] = self.collapse(base, fixed_text, base)
-        figures["length"] = Figure(self.lengths.mean(axis=1), one)
-        figures["truncated"] = Figure(1 - self.stopped.mean(axis=1), one)
-        return figures
+            metrics["d_collapse fixed"] = self.collapse(base, fixed_text, base)
+        metrics["length"] = Estimate(self.lengths.mean(axis=1), one)
+        metrics["truncated"] = Estimate(1 - self.stopped.mean(axis=1), one)
+        return metrics
 
     @staticmethod
-    def collapse(base: "Evaluation", entropy: np.ndarray, text: "Evaluation") -> Figure:
-        """`d_collapse` as a Figure; `text` is whose completions the entropies were taken on."""
+    def collapse(base: "Evaluation", entropy: np.ndarray, text: "Evaluation") -> Estimate:
+        """`d_collapse` as an Estimate; `text` is whose completions the entropies were taken on."""
         threshold = forking_threshold(base.entropy)
         share = (base.entropy > threshold).mean()
         scale = -1 / share if share else 0.0
-        return Figure(text.per_problem(entropy > threshold), text.lengths.sum(axis=1).astype(float),
-                      offset=1.0 if share else 0.0, scale=float(scale))  # fmt: skip
+        return Estimate(text.per_problem(entropy > threshold), text.lengths.sum(axis=1).astype(float),
+                      offset=1.0 if share else 0.0, scale=float(scale))
 
     def summary(self, base: "Evaluation | None" = None, ks=(1, 4, 16, 64, 128)) -> dict[str, tuple]:
-        """{figure: (value, standard error over problems)} for the k that there are samples for."""
+        """{metric: (value, standard error over problems)} for the k that there are samples for."""
         ks = [k for k in ks if k <= self.correct.shape[1]]
-        return {name: (figure.value, figure.error) for name, figure in self.figures(ks, base).items()}
-
-
-def difference(one: Figure, other: Figure, *, resamples: int = 2000, seed: int = 0) -> tuple[float, float, float]:
-    """other - one on the same problems, and its 95 % interval: problems are resampled, with both models' samples."""
-    draws = np.random.default_rng(seed).integers(len(one.top), size=(resamples, len(one.top)))
-
-    def values(figure):
-        return figure.offset + figure.scale * figure.top[draws].sum(axis=1) / figure.bottom[draws].sum(axis=1)
-
-    low, high = np.quantile(values(other) - values(one), [0.025, 0.975])
-    return other.value - one.value, float(low), float(high)
+        return {name: (metric.value, metric.error) for name, metric in self.metrics(ks, base).items()}
 
 
 # ---------------------------------------------------------------- sampling
 
 
 def sample_and_grade(model, tokenizer, problems, prompts, rows, world, config, *, samples: int, progress=None):
-    """Rows (problem * samples + sample) drawn and graded: the rollout, its texts, and correct [len(rows)] bool."""
+    """Rows (problem * samples + sample) drawn and graded: the rollout, correct [len(rows)] bool, and the texts."""
     with world.autocast():
         sampled = rollout.sample(
-            model, [prompts[row // samples] for row in rows], list(rows), stop=rollout.stop_ids(model, tokenizer),
+            model, [prompts[row // samples] for row in rows], list(rows), stop=models.stop_ids(model, tokenizer),
             max_new_tokens=config.max_new_tokens, temperature=config.temperature, seed=config.seed, step=STEP,
-            batch_size=config.rollout.batch_size, segment=config.rollout.segment, progress=progress,
-        )  # fmt: skip
-    texts = rollout.decode(tokenizer, sampled)
-    verdicts = [data.is_correct(problems[row // samples], text, config.reward.grader) for row, text in zip(rows, texts)]
-    correct = torch.tensor(verdicts, dtype=torch.bool, device=world.device) & sampled.stopped  # truncated: wrong
-    return sampled, texts, correct
+            batch_size=config.rollout.batch_size, segment=config.rollout.segment, progress=progress)
+    asked = [problems[row // samples] for row in rows]
+    return sampled, *steps.grade(tokenizer, asked, sampled, config.reward.grader)
 
 
 def evaluate(model, tokenizer, problems, world, config, *, samples: int, title: str) -> Evaluation:
-    """An evaluation during training: nothing is kept but the figures, and every rank returns all of them."""
-    prompts = step.prompt_ids(tokenizer, problems, config)
+    """An evaluation during training: no completion is kept, and every rank returns all of them."""
+    prompts = data.prompt_ids(tokenizer, problems, config.prompt)
     rows = world.share(len(problems) * samples)
     with tqdm(total=len(rows), desc=title, unit="sample", leave=False, disable=not world.is_main) as bar:
-        sampled, texts, correct = sample_and_grade(model, tokenizer, problems, prompts, rows, world, config,
-                                                   samples=samples, progress=bar.update)  # fmt: skip
+        sampled, correct, texts = sample_and_grade(model, tokenizer, problems, prompts, rows, world, config,
+                                                   samples=samples, progress=bar.update)
     answers = [data.answer_of(problems[row // samples], text) for row, text in zip(rows, texts)]
     names = torch.tensor([zlib.crc32(answer.encode()) for answer in answers], device=world.device)
     columns = [correct.long(), names, sampled.lengths, sampled.stopped.long()]
@@ -234,8 +198,8 @@ def complete(folder: Path, settings: dict, model, tokenizer, problems, world, co
     if done.is_file():
         return done
     folder.mkdir(parents=True, exist_ok=True)
-    prompts = step.prompt_ids(tokenizer, problems, config)
-    rollout.check_lengths(model.config, prompts, config.max_new_tokens)
+    prompts = data.prompt_ids(tokenizer, problems, config.prompt)
+    models.check_lengths(model.config, prompts, config.max_new_tokens)
     mine = [i for i in range(len(chunks)) if i % world.size == world.rank]
     total = sum(len(chunks[i]) for i in mine)
     with tqdm(total=total, desc=folder.name, unit="sample", disable=not world.is_main) as bar:
@@ -244,13 +208,13 @@ def complete(folder: Path, settings: dict, model, tokenizer, problems, world, co
             if part.is_file():
                 bar.update(len(chunks[i]))
                 continue
-            sampled, texts, correct = sample_and_grade(model, tokenizer, problems, prompts, chunks[i], world, config,
-                                                       samples=config.samples, progress=bar.update)  # fmt: skip
-            configs.replace_text(part, completion_lines(chunks[i], sampled, texts, correct, config.samples))
+            sampled, correct, texts = sample_and_grade(model, tokenizer, problems, prompts, chunks[i], world, config,
+                                                       samples=config.samples, progress=bar.update)
+            replace_text(part, completion_lines(chunks[i], sampled, texts, correct, config.samples))
     distributed.barrier()
     if world.is_main:
         parts = sorted(folder.glob("part-*.jsonl"))
-        configs.replace_text(done, json.dumps(settings) + "\n" + "".join(part.read_text() for part in parts))
+        replace_text(done, json.dumps(settings) + "\n" + "".join(part.read_text() for part in parts))
         for part in parts:
             part.unlink()
     distributed.barrier()
@@ -268,7 +232,7 @@ def completion_lines(rows, sampled, texts, correct, samples: int) -> str:
             "length": len(entropies), "stopped": bool(sampled.stopped[i]),
             "entropy": round(sum(entropies) / len(entropies), 5), "tokens": sampled.tokens[i][mask].tolist(),
             "entropies": entropies,
-        }) + "\n")  # fmt: skip
+        }) + "\n")
     return "".join(lines)
 
 
@@ -290,14 +254,14 @@ def read_completions(path: Path, problems: list) -> tuple[Evaluation, list[list[
 
 def entropy_on(model, tokenizer, problems, completions: list[list[int]], world, config) -> np.ndarray:
     """Token entropies of a model on given completions, flat: d_collapse without a shift of length or content."""
-    prompts = step.prompt_ids(tokenizer, problems, config)
+    prompts = data.prompt_ids(tokenizer, problems, config.prompt)
     share, size, flat = world.share(len(completions)), config.micro_batch_size, [torch.zeros(0, device=world.device)]
     for first in tqdm(range(share.start, share.stop, size), desc="entropy on the first model's text", unit="batch",
-                      leave=False, disable=not world.is_main):  # fmt: skip
+                      leave=False, disable=not world.is_main):
         rows = range(first, min(first + size, share.stop))
         given = rollout.from_completions([prompts[row // config.samples] for row in rows],
-                                         [completions[row] for row in rows], world.device)  # fmt: skip
-        scored = step.rescore(model, given, config, world)
+                                         [completions[row] for row in rows], world.device)
+        scored = rollout.rescore(model, given, config, world)
         flat.append(scored.entropy[scored.mask])
     return distributed.gather(torch.cat(flat)).cpu().numpy()
 
@@ -305,40 +269,8 @@ def entropy_on(model, tokenizer, problems, completions: list[list[int]], world, 
 # ---------------------------------------------------------------- the command
 
 
-def fingerprint(model: str) -> str:
-    """Tells one set of weights from another under the same path: sizes and the beginning of each file."""
-    marks = []
-    for file in sorted(Path(model).glob("*.safetensors")):
-        with file.open("rb") as opened:
-            marks.append(f"{file.stat().st_size}:{zlib.crc32(opened.read(2**20)):08x}")
-    return " ".join(marks)
-
-
-def slug(text: str) -> str:
-    return text.strip("./").replace("/", "-")
-
-
-def format_table(summaries: dict[str, dict]) -> str:
-    """An aligned table, one line a model: value, and its standard error where it has one."""
-    columns = list(dict.fromkeys(name for figures in summaries.values() for name in figures))
-
-    def cell(figure):
-        if figure is None:
-            return "-"
-        value, error = figure
-        return f"{value:.3f}" if error is None else f"{value:.3f} ±{error:.3f}"
-
-    return aligned([["", *columns]] + [[label, *(cell(figures.get(name)) for name in columns)]
-                                       for label, figures in summaries.items()])  # fmt: skip
-
-
-def aligned(lines: list[list[str]]) -> str:
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join("  ".join(text.rjust(width) for text, width in zip(line, widths)) for line in lines)
-
-
 def describe(evaluation: Evaluation, largest_k: int) -> str:
-    """What a table's figures mean, n and k included."""
+    """What a table's numbers mean, n and k included."""
     problems, samples = evaluation.correct.shape
     text = f"{problems} held-out problems x {samples} samples; ± is the standard error over problems"
     if largest_k == samples:
@@ -353,16 +285,15 @@ def main(keys: dict) -> None:
         print(plots.picture(Path("training_curves.png"), lambda plot: plots.training_curves(plot, runs)))
         return
     ks = configs.ks(config.k, config.samples)
-    models, files = configs.listed(config.model), configs.listed(config.data.file)
+    names, files = configs.listed(config.model), configs.listed(config.data.file)
     problem_sets = [problems_of(file, config) for file in files]
     world = distributed.setup()
     try:
-        report = {}
-        for file, problems in zip(files, problem_sets):
-            report[file] = compare(models, file, problems, ks, world, config)
+        report = {file: compare(names, file, problems, ks, world, config)
+                  for file, problems in zip(files, problem_sets)}
         if world.is_main:
             out = Path("evaluations") / "evaluation.json"
-            configs.replace_text(out, json.dumps(report, indent=1) + "\n")
+            replace_text(out, json.dumps(report, indent=1) + "\n")
             print(f"written: {out}, evaluations/*/completions.jsonl")
             print(plots.picture(Path("evaluations") / "pass_at_k.png", lambda plot: plots.pass_at_k(plot, report)))
     finally:
@@ -378,45 +309,39 @@ def problems_of(file: str, config) -> list[dict]:
     return problems[: config.problems]
 
 
-def compare(models: list[str], file: str, problems: list, ks: list[int], world, config) -> dict:
+def compare(names: list[str], file: str, problems: list, ks: list[int], world, config) -> dict:
     """Every model on one problem set: the table, and each further model against the first."""
-    rows, first, base, text = {}, None, None, None
-    for name in models:
+    metrics, first, base, text = {}, None, None, None
+    for name in names:
         path = toy.model_folder(name, config)
         configs.print_notes(configs.trained_otherwise(path, vars(config.prompt)))
-        model, tokenizer = rollout.load(path)
+        model, tokenizer = models.load(path)
         model.to(world.device)
-        shared = ("seed", "max_new_tokens", "temperature", "samples")
         settings = {"model": path, "weights": fingerprint(path), "data": file, "prompt": vars(config.prompt),
-                    "grader": config.reward.grader,
-                    "problems": zlib.crc32(json.dumps(problems).encode()), "batch_size": config.rollout.batch_size,
-                    **{key: getattr(config, key) for key in shared}}  # fmt: skip
+                    "grader": config.reward.grader, "problems": zlib.crc32(json.dumps(problems).encode()),
+                    "batch_size": config.rollout.batch_size}
+        settings |= {key: getattr(config, key) for key in ("seed", "max_new_tokens", "temperature", "samples")}
         label = zlib.crc32(json.dumps(settings).encode())
-        folder = Path("evaluations") / f"{slug(path)}--{slug(file)}-{label:08x}"
-        file_of_completions = complete(folder, settings, model, tokenizer, problems, world, config)
-        evaluation, completions = read_completions(file_of_completions, problems)
+        folder = Path("evaluations") / f"{file_name(path)}--{file_name(file)}-{label:08x}"
+        completions_file = complete(folder, settings, model, tokenizer, problems, world, config)
+        evaluation, completions = read_completions(completions_file, problems)
         if first is None:
             first, base, text = tokenizer.get_vocab(), evaluation, completions
         fixed = None
-        if len(models) > 1 and tokenizer.get_vocab() == first:  # another vocabulary cannot read the first's tokens
+        if len(names) > 1 and tokenizer.get_vocab() == first:  # another vocabulary cannot read the first's tokens
             fixed = entropy_on(model, tokenizer, problems, text, world, config)
-        rows[name] = evaluation.figures(ks, base if len(models) > 1 else None, fixed)
-    report = {name: {key: (figure.value, figure.error) for key, figure in figures.items()}
-              for name, figures in rows.items()}  # fmt: skip
-    if not world.is_main:
-        return report
-    print(f"\n{file}:\n{format_table(report)}\n{describe(evaluation, ks[-1])}")
-    if len(models) > 1:
-        print(f"\nless {models[0]}, problem by problem [95 % interval, paired bootstrap], * beyond noise:")
-        columns = [["", *rows[models[0]]]]
-        for name in models[1:]:
-            differences = {key: difference(figure, rows[name][key]) for key, figure in rows[models[0]].items()
-                           if key in rows[name]}  # fmt: skip
-            report[name]["differences"] = differences
-            cells = {key: f"{d:+.3f} [{low:+.3f}, {high:+.3f}] {'*' if low > 0 or high < 0 else ' '}"
-                     for key, (d, low, high) in differences.items()}  # fmt: skip
-            columns.append([name, *(cells.get(key, "-") for key in rows[models[0]])])
-        print(aligned([list(line) for line in zip(*columns)]))
+        metrics[name] = evaluation.metrics(ks, base if len(names) > 1 else None, fixed)
+    report = {name: {key: (metric.value, metric.error) for key, metric in own.items()}
+              for name, own in metrics.items()}
+    if world.is_main:
+        print(f"\n{file}:\n{format_table(report)}\n{describe(evaluation, ks[-1])}")
+    if world.is_main and len(names) > 1:
+        reference, *others = names
+        for name in others:
+            report[name]["differences"] = {key: difference(metric, metrics[name][key])
+                                           for key, metric in metrics[reference].items() if key in metrics[name]}
+        print(f"\nless {reference}, problem by problem [95 % interval, paired bootstrap], * beyond noise:\n"
+              + difference_table(list(metrics[reference]), {name: report[name]["differences"] for name in others}))
     return report
 
 

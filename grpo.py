@@ -1,7 +1,7 @@
 """GRPO (Shao et al. 2024): group advantages, token log-probabilities, the clipped policy loss, and its rivals.
 
 Left out on purpose: the value network (the group mean is the baseline). KL penalties are in scope.py. All
-per-token tensors are flat vectors [n] of *valid completion tokens*; nothing here sees padding, and nothing
+per-token tensors are flat vectors [n] of *valid completion tokens*; nothing here sees padding, and no loss
 here takes a mean: weights and counts are those of the whole update, so that a gradient does not depend on how
 the update is cut up.
 """
@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from scope import covariance_score, select_tokens
 
 
 def group_advantages(rewards: Tensor, group_size: int, *, eps: float = 1e-4) -> Tensor:
@@ -113,30 +115,30 @@ class Tokens(NamedTuple):
     correct: Tensor  # bool, tokens of completions that earn the accuracy reward
 
 
-def grpo_objective(t: Tokens, *, clip_low: float, clip_high: float, coef: float) -> Tensor:
+def grpo_loss(t: Tokens, *, clip_low: float, clip_high: float, coef: float) -> Tensor:
     """Weighted sum of policy_loss.  Shao et al. 2024; `token` weights are DAPO's, `sequence` the original's"""
     loss = policy_loss(t.logprobs, t.old_logprobs, t.advantages, clip_low=clip_low, clip_high=clip_high)
     return (t.weight * loss).sum()
 
 
-def forking_rl_objective(t: Tokens, *, clip_low: float, clip_high: float, coef: float) -> Tensor:
+def forking_rl_loss(t: Tokens, *, clip_low: float, clip_high: float, coef: float) -> Tensor:
     """GRPO on the marked tokens only, those of highest entropy.  Wang et al. 2025, Eq. 6
 
     The weights then count marked tokens (their v2): the mean over what is kept, not over all.
     """
-    return grpo_objective(t._replace(weight=t.weight * t.marked), clip_low=clip_low, clip_high=clip_high, coef=coef)
+    return grpo_loss(t._replace(weight=t.weight * t.marked), clip_low=clip_low, clip_high=clip_high, coef=coef)
 
 
-def div_objective(t: Tokens, *, clip_low: float, clip_high: float, coef: float) -> Tensor:
+def div_loss(t: Tokens, *, clip_low: float, clip_high: float, coef: float) -> Tensor:
     """GRPO + coef * mean over completions of 1[correct] (1/T_i) sum_t rho log pi.  Yao et al. 2025, Section 4
 
     Minimising rho log pi on correct completions raises their entropy; both rho and log pi carry gradient.
     """
     diversity = t.sequence_weight * t.correct * ratio(t.logprobs, t.old_logprobs) * t.logprobs
-    return grpo_objective(t, clip_low=clip_low, clip_high=clip_high, coef=coef) + coef * diversity.sum()
+    return grpo_loss(t, clip_low=clip_low, clip_high=clip_high, coef=coef) + coef * diversity.sum()
 
 
-def kl_cov_objective(t: Tokens, *, clip_low: float, clip_high: float, coef: float) -> Tensor:
+def kl_cov_loss(t: Tokens, *, clip_low: float, clip_high: float, coef: float) -> Tensor:
     """-rho A, unclipped, + coef |log pi - log pi_old| on the marked tokens of highest covariance.  Cui et al. 2025
 
     The penalty is to the *rollout* policy: with one update per rollout its gradient is 0.
@@ -145,21 +147,9 @@ def kl_cov_objective(t: Tokens, *, clip_low: float, clip_high: float, coef: floa
     return (t.weight * (-ratio(t.logprobs, t.old_logprobs) * t.advantages.detach() + coef * drift * t.marked)).sum()
 
 
-def clip_cov_objective(t: Tokens, *, clip_low: float, clip_high: float, coef: float) -> Tensor:
-    """GRPO without the marked tokens, a few of high covariance (and with the clip widened: CLIPS).  Cui et al. 2025"""
-    return grpo_objective(t._replace(weight=t.weight * ~t.marked), clip_low=clip_low, clip_high=clip_high, coef=coef)
-
-
-# Each: (Tokens, *, clip_low, clip_high, coef) -> scalar loss, to be minimised.
-OBJECTIVES = {
-    "grpo": grpo_objective,
-    "forking_rl": forking_rl_objective,
-    "div": div_objective,
-    "kl_cov": kl_cov_objective,
-    "clip_cov": clip_cov_objective,
-}
-# (clip_low, clip_high) of those that bring their own: no clip at all, and one widened to 1.
-CLIPS = {"kl_cov": (1.0, math.inf), "clip_cov": (1.0, 1.0)}
+def clip_cov_loss(t: Tokens, *, clip_low: float, clip_high: float, coef: float) -> Tensor:
+    """GRPO without the marked tokens, a few of high covariance, and with a wider clip.  Cui et al. 2025"""
+    return grpo_loss(t._replace(weight=t.weight * ~t.marked), clip_low=clip_low, clip_high=clip_high, coef=coef)
 
 
 def clip_cov_tokens(
@@ -171,3 +161,60 @@ def clip_cov_tokens(
     marked = torch.zeros_like(candidates)
     marked[order[candidates[order]][: max(1, round(fraction * len(covariance)))]] = True
     return marked
+
+
+# What an objective marks, of the flat tokens of the whole update, as SCOPE selects: (tokens, config, seed) -> bool [N].
+# tokens has, by name, [N] each: logprobs, entropy, advantages of the current policy, and old_logprobs.
+
+
+def forking_rl_marks(tokens: dict[str, Tensor], config, seed: int) -> Tensor:
+    return select_tokens("forking", fraction=config.forking_fraction, forking_fraction=config.forking_fraction,
+                         seed=seed, **now(tokens))
+
+
+def kl_cov_marks(tokens: dict[str, Tensor], config, seed: int) -> Tensor:
+    at_least_one = max(config.kl_cov.fraction, 1 / len(tokens["logprobs"]))
+    return select_tokens("covariance", fraction=at_least_one, seed=seed, **now(tokens))
+
+
+def clip_cov_marks(tokens: dict[str, Tensor], config, seed: int) -> Tensor:
+    logprobs, advantages = tokens["logprobs"], tokens["advantages"]
+    low, high = OBJECTIVES["clip_cov"].clip
+    already = clipped(logprobs, tokens["old_logprobs"], advantages, clip_low=low, clip_high=high)
+    return clip_cov_tokens(covariance_score(logprobs, advantages), already, **vars(config.clip_cov),
+                           seed=seed ^ 0x9E3779B9)  # another draw than the selection's; torch seeds with 32 bits
+
+
+def now(tokens: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tokens[name] for name in ("logprobs", "entropy", "advantages")}
+
+
+def no_tokens(tokens: dict[str, Tensor], config, seed: int) -> Tensor:
+    return torch.zeros_like(tokens["logprobs"], dtype=torch.bool)
+
+
+def no_rows(marked: Tensor, correct: Tensor) -> Tensor:
+    return torch.zeros_like(correct)
+
+
+class Objective(NamedTuple):
+    """Everything about an objective; the rest of the code knows none by name."""
+
+    loss: Callable[..., Tensor]  # (Tokens, *, clip_low, clip_high, coef) -> scalar, to be minimised
+    marks: Callable[..., Tensor] = no_tokens  # the tokens it singles out
+    clip: tuple[float, float] | None = None  # its own (low, high), where they are not grpo.clip_low and grpo.clip_high
+    coef: str = ""  # the config key of its coefficient
+    mean_over_marked: bool = False  # its mean counts the marked tokens only
+    other_rows: Callable[..., Tensor] = no_rows  # (marked [B, C], correct [B]) -> bool [B]: rows that it moves at A = 0
+    verifiable: bool = False  # it asks which completions are correct
+    off_policy: bool = False  # what it adds is 0 while the policy is the one that sampled
+
+
+OBJECTIVES = {
+    "grpo": Objective(grpo_loss),
+    "forking_rl": Objective(forking_rl_loss, marks=forking_rl_marks, mean_over_marked=True),
+    "div": Objective(div_loss, coef="div.coef", other_rows=lambda marked, correct: correct, verifiable=True),
+    "kl_cov": Objective(kl_cov_loss, marks=kl_cov_marks, clip=(1.0, math.inf), coef="kl_cov.coef",  # no clip at all
+                        other_rows=lambda marked, correct: marked.any(dim=1), off_policy=True),
+    "clip_cov": Objective(clip_cov_loss, marks=clip_cov_marks, clip=(1.0, 1.0)),  # widened to 1
+}

@@ -1,4 +1,4 @@
-"""Rollouts: prompts to token ids, batched HF `generate`, and the record that the sampler keeps of every draw.
+"""Rollouts: batched HF `generate`, and the record that the sampler keeps of every draw.
 
 Two habits keep this file exact:
 
@@ -13,26 +13,13 @@ Shapes: B completions, P padded prompt length, C padded completion length, V voc
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
-from urllib.error import HTTPError
-from urllib.request import Request, urlopen
 
-import huggingface_hub
 import torch
-import transformers
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    GenerationConfig,
-    LogitsProcessor,
-    PreTrainedTokenizerFast,
-)
+from transformers import GenerationConfig, LogitsProcessor
 
-from config import UserError
-
-transformers.utils.logging.disable_progress_bar()  # our own bars only
+import grpo
+from support.models import hidden_states
 
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # SplitMix64's odd constant near 2^64/phi, as a signed 64-bit integer
 MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
@@ -153,59 +140,6 @@ def from_completions(prompts: list[list[int]], completions: list[list[int]], dev
     return Rollout(prompts, tokens, mask, mask.any(dim=1), blank, blank, blank, blank)
 
 
-def check_lengths(shape, prompts: list[list[int]], max_new_tokens: int) -> None:
-    """Refuses prompts that leave no room for a completion in the context of a model; `shape` is its config."""
-    longest, context = max(map(len, prompts)), shape.max_position_embeddings
-    if longest + max_new_tokens > context:
-        raise UserError(f"max_new_tokens={max_new_tokens}: with the longest prompt of {longest} tokens it does not fit "
-                        f"the model's context of {context}; lower it or shorten the prompt")
-
-
-# Special tokens by which well-known families end a turn or a text. A Qwen base model's eos is the second alone, though
-# its chat template ends turns with the first: without both it runs on into turns of its own making.
-END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "<end_of_turn>")
-
-
-def stop_ids(model, tokenizer) -> list[int]:
-    """Every id that ends a completion: the model's eos (one or a list), the tokenizer's eos, what ends a turn of its
-    chat template, and those of END_TOKENS that it has."""
-    eos = model.generation_config.eos_token_id
-    special = tokenizer.get_added_vocab()
-    found = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id, turn_end(tokenizer),
-             *(special.get(token) for token in END_TOKENS)} - {None}  # fmt: skip
-    if not found:
-        raise UserError("the model has no stop token: set eos_token_id in its generation_config.json")
-    return sorted(found)
-
-
-def turn_end(tokenizer) -> int | None:
-    """The special token that the chat template puts behind an answer, None if there is none."""
-    if tokenizer.chat_template is None:
-        return None
-    chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "ANSWER"}]
-    rest = from_template(tokenizer, chat).rpartition("ANSWER")[2].strip()
-    first = tokenizer(rest, add_special_tokens=False).input_ids[:1]
-    return first[0] if first and first[0] in tokenizer.get_added_vocab().values() else None
-
-
-def from_template(tokenizer, chat: list, **arguments):
-    try:
-        return tokenizer.apply_chat_template(chat, tokenize=False, **arguments)
-    except Exception as error:  # templates raise what they like; Gemma's refuses a system message
-        raise UserError(f"the model's chat template refuses the prompt ({' '.join(str(error).split())[:200]}): "
-                        "leave prompt.system empty, and say it in prompt.math") from None
-
-
-def encode_prompts(tokenizer, texts: list[str], *, system: str = "") -> list[list[int]]:
-    """Token ids of prompts, as the user's turn of the tokenizer's chat template where it has one."""
-    if tokenizer.chat_template is None:
-        return tokenizer(texts).input_ids
-    before = [{"role": "system", "content": system}] if system else []
-    chats = [[*before, {"role": "user", "content": text}] for text in texts]
-    rendered = from_template(tokenizer, chats, add_generation_prompt=True)
-    return tokenizer(rendered, add_special_tokens=False).input_ids  # the template holds the special tokens
-
-
 @contextmanager
 def sampling_mode(model):
     """`eval()`, no gradients, and a blank generation_config; all restored afterwards.
@@ -259,7 +193,7 @@ def sample(
             cache, drawn = None, 0
             while drawn < max_new_tokens and len(alive):
                 sampler = StatelessSampler(row_keys[alive], drawn, seed=seed, step=step, temperature=temperature,
-                                           collision=collision)  # fmt: skip
+                                           collision=collision)
                 output = model.generate(
                     input_ids=ids,
                     attention_mask=attention,
@@ -327,84 +261,25 @@ def decode(tokenizer, rollout: Rollout) -> list[str]:
     )
 
 
-def recompute_layers(model) -> None:
-    """Gradient checkpointing, under the name it has in this version of transformers."""
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+@torch.no_grad()
+def rescore(policy, sampled: Rollout, config, world) -> Rollout:
+    """The rollout with the current policy's record: what step 5 looks at after a first update."""
+    fresh = {name: torch.zeros_like(getattr(sampled, name)) for name in ("logprobs", "entropy", "collision")}
+    head, temperature = policy.get_output_embeddings(), config.temperature
 
+    def record(hidden, targets):
+        logits = head(hidden)
+        return torch.stack([grpo.token_logprobs(logits, targets, temperature=temperature),
+                            grpo.token_entropy(logits, temperature=temperature),
+                            grpo.token_collision(logits, temperature=temperature)], dim=1)
 
-def hidden_states(model, tokens: Tensor) -> Tensor:
-    """Last hidden states of right-padded tokens [b, T] -> [b, T, hidden size], before the vocabulary projection."""
-    return model.base_model(tokens, use_cache=False).last_hidden_state
-
-
-# Config fields of models whose logits are not lm_head(hidden states): Gemma 2, Cohere, Granite, Falcon-H1.
-POST_PROCESSING = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
-REFUSED = ("model={} post-processes its logits (soft-capping or scaling), which this trainer does not: use an "
-           "architecture without it (Qwen2, Qwen3, Llama)")  # fmt: skip
-
-
-@contextmanager
-def loading(name: str):
-    """Turns what transformers raises of a folder or hub name into one line."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError) as error:
-        reason, mend = " ".join(str(error).split())[:300], ""
-        if not Path(name).exists():
-            mend = ": check the name and the network, or download the model and give its local folder"
-            if "local_files_only" in source(name):
-                reason = f"{huggingface_hub.constants.ENDPOINT} is out of reach, and its cache here does not hold it"
-        raise UserError(f"model={name} cannot be loaded: {reason}{mend}") from None
-
-
-@cache
-def source(name: str) -> dict:
-    """Where to load from: with no hub in reach its cache on disk at once, not after minutes of retries per file."""
-    arguments = {"trust_remote_code": False}
-    if not Path(name).exists():
-        try:
-            urlopen(Request(huggingface_hub.constants.ENDPOINT, method="HEAD"), timeout=10)
-        except HTTPError:
-            pass  # it answered
-        except OSError:
-            arguments["local_files_only"] = True
-    return arguments
-
-
-def load_tokenizer(name: str):
-    """Tokenizer and config (dropout off) from an HF folder or hub name; no weights."""
-    with loading(name):
-        # Not AutoTokenizer: that overrides the tokenizer of any Qwen2 folder, this one does as tokenizer.json says.
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(name, **source(name))
-        shape = AutoConfig.from_pretrained(name, **source(name))
-    for field, value in vars(shape).items():
-        if "dropout" in field and value:
-            setattr(shape, field, 0.0)  # a dropped unit at scoring time is a ratio other than 1
-    if any(getattr(shape, field, None) not in (None, 1.0) for field in POST_PROCESSING):
-        raise UserError(REFUSED.format(name))
-    if len(tokenizer) > shape.vocab_size:
-        raise UserError(f"model={name}: its tokenizer has {len(tokenizer)} tokens, the model only {shape.vocab_size}: "
-                        "give a folder whose two belong together")
-    return tokenizer, shape
-
-
-def load(name: str):
-    """Model (fp32, dropout off) and tokenizer from an HF folder or hub name.
-
-    Raises UserError if it cannot be read or if its logits are not lm_head(hidden states),
-    which the chunked log-probabilities in grpo.py and the sampler both rely on.
-    """
-    tokenizer, shape = load_tokenizer(name)
-    with loading(name):
-        model = AutoModelForCausalLM.from_pretrained(name, config=shape, dtype=torch.float32, **source(name))
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0  # configs that call it otherwise
-    tokens = torch.arange(8)[None] % model.config.vocab_size
-    with torch.no_grad():
-        own = model.eval()(tokens).logits
-        head = model.get_output_embeddings()(hidden_states(model, tokens))
-    if not torch.allclose(own, head, rtol=1e-3, atol=1e-3):
-        raise UserError(REFUSED.format(name))
-    return model, tokenizer
+    for first in range(0, len(sampled.mask), config.micro_batch_size):
+        rows = list(range(first, min(first + config.micro_batch_size, len(sampled.mask))))
+        tokens, predicts = sampled.pack(rows)
+        mask = sampled.mask[rows]
+        with world.autocast():
+            hidden = hidden_states(policy, tokens)[predicts]
+            values = grpo.in_chunks(record, hidden, sampled.tokens[rows][mask], size=config.logits_chunk)
+        for name, column in zip(fresh, values.unbind(dim=1)):
+            fresh[name][first : first + len(rows)][mask] = column
+    return Rollout(**vars(sampled) | fresh)

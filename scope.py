@@ -8,6 +8,7 @@ Equation numbers are those of "A Few Bad Apples Spoil the Bunch" (ACL Findings 2
 completion tokens of a whole optimizer step, over all ranks: flat vectors, so no padding to mask.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -39,16 +40,6 @@ def entropy_change_score(logprobs: Tensor, entropy: Tensor, advantages: Tensor, 
     return (advantages * (logprobs.exp() * (logprobs + entropy) - collision)).clamp(min=0)
 
 
-class Candidates(NamedTuple):
-    """The step's N valid tokens, flat: what a strategy may look at."""
-
-    logprobs: Tensor
-    entropy: Tensor
-    advantages: Tensor
-    collision: Tensor | None
-    forking: Tensor  # bool, the tokens of highest entropy
-
-
 def select_tokens(
     strategy: str,
     *,
@@ -77,16 +68,17 @@ def select_tokens(
     if not logprobs.shape == entropy.shape == advantages.shape or logprobs.ndim != 1:
         raise ValueError(f"need flat vectors of one length, got logprobs {tuple(logprobs.shape)}, "
                          f"entropy {tuple(entropy.shape)}, advantages {tuple(advantages.shape)}")
-    if strategy == "entropy_change" and collision is None:
-        raise ValueError("entropy_change needs collision, sum_v pi(v)^2 (log pi(v) + H) at each token")
+    rank, share, needs_collision = STRATEGIES[strategy]
+    if needs_collision and collision is None:
+        raise ValueError(f"{strategy} needs collision, sum_v pi(v)^2 (log pi(v) + H) at each token")
     logprobs, entropy, advantages = logprobs.detach(), entropy.detach(), advantages.detach()
     n = logprobs.numel()
     # One random order of the tokens; stable sorts keep it among equals. On CPU: one stream for all devices.
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).to(logprobs.device)
     everyone = torch.ones_like(logprobs, dtype=torch.bool)
-    forking = top_k(entropy, everyone, round(forking_fraction * n) if "forking" in strategy else 0, order)
-    priority, candidates = STRATEGIES[strategy](Candidates(logprobs, entropy, advantages, collision, forking))
-    return top_k(priority, candidates, n if strategy == "all" else round(fraction * n), order)
+    forking = top_k(entropy, everyone, round(forking_fraction * n), order)
+    priority, candidates = rank(StepTokens(logprobs, entropy, advantages, collision, forking))
+    return top_k(priority, candidates, round((fraction if share is None else share) * n), order)
 
 
 def top_k(priority: Tensor, candidates: Tensor, k: int, order: Tensor) -> Tensor:
@@ -107,29 +99,51 @@ def largest_positive(score: Tensor) -> tuple[Tensor, Tensor]:
     return score, score > 0
 
 
-def sampled_geometry(t: Candidates) -> Tensor:
-    """p (1 - p) of the sampled tokens."""
-    return t.logprobs.exp() * (1 - t.logprobs.exp())
+def geometry(logprobs: Tensor) -> Tensor:
+    """p (1 - p) of the sampled tokens: the score without its advantage.  [N] -> [N]"""
+    return logprobs.exp() * (1 - logprobs.exp())
 
 
-# Each: Candidates -> (priority [N], candidates bool [N]). The paper's Table 1, and its two anchors:
+class StepTokens(NamedTuple):
+    """The step's N valid tokens, flat: what a strategy may look at."""
+
+    logprobs: Tensor
+    entropy: Tensor
+    advantages: Tensor
+    collision: Tensor | None
+    forking: Tensor  # bool, the tokens of highest entropy
+
+
+class Strategy(NamedTuple):
+    """Everything about a selection strategy; the rest of the code knows none by name."""
+
+    rank: Callable[[StepTokens], tuple[Tensor, Tensor]]  # -> priority [N], candidates bool [N]
+    share: float | None = None  # of all tokens, where the budget is not selection.fraction
+    needs_collision: bool = False  # the sampler has to record it: see entropy_change_score
+
+    @property
+    def selects(self) -> bool:
+        return self.share != 0
+
+
+# The paper's Table 1, between its two anchors, no token and every token.
 STRATEGIES = {
-    "none": lambda t: at_random(torch.zeros_like(t.forking)),  # plain GRPO
-    "uniform": lambda t: at_random(torch.ones_like(t.forking)),
-    "positive": lambda t: at_random(t.advantages > 0),
-    "forking": lambda t: at_random(t.forking),
-    "forking_positive": lambda t: at_random(t.forking & (t.advantages > 0)),
-    "non_forking": lambda t: at_random(~t.forking),
-    "covariance": lambda t: (covariance_score(t.logprobs, t.advantages), torch.ones_like(t.forking)),
-    "scope": lambda t: largest_positive(redistribution_score(t.logprobs.exp(), t.advantages)),
-    "all": lambda t: at_random(torch.ones_like(t.forking)),  # every token, whatever `fraction` says
+    "none": Strategy(lambda t: at_random(torch.zeros_like(t.forking)), share=0.0),  # plain GRPO
+    "uniform": Strategy(lambda t: at_random(torch.ones_like(t.forking))),
+    "positive": Strategy(lambda t: at_random(t.advantages > 0)),
+    "forking": Strategy(lambda t: at_random(t.forking)),
+    "forking_positive": Strategy(lambda t: at_random(t.forking & (t.advantages > 0))),
+    "non_forking": Strategy(lambda t: at_random(~t.forking)),
+    "covariance": Strategy(lambda t: (covariance_score(t.logprobs, t.advantages), torch.ones_like(t.forking))),
+    "scope": Strategy(lambda t: largest_positive(redistribution_score(t.logprobs.exp(), t.advantages))),
+    "all": Strategy(lambda t: at_random(torch.ones_like(t.forking)), share=1.0),
     # Beyond the paper: the exact entropy change, and the score taken apart.
-    "entropy_change": lambda t: largest_positive(
-        entropy_change_score(t.logprobs, t.entropy, t.advantages, t.collision)
-    ),
-    "geometry": lambda t: largest_positive(sampled_geometry(t)),  # p (1 - p) alone
-    "advantage": lambda t: largest_positive(t.advantages),  # [A]+ alone
-    "magnitude": lambda t: largest_positive(sampled_geometry(t) * t.advantages.abs()),  # p (1 - p) |A|, sign-blind
+    "entropy_change": Strategy(
+        lambda t: largest_positive(entropy_change_score(t.logprobs, t.entropy, t.advantages, t.collision)),
+        needs_collision=True),
+    "geometry": Strategy(lambda t: largest_positive(geometry(t.logprobs))),  # p (1 - p) alone
+    "advantage": Strategy(lambda t: largest_positive(t.advantages)),  # [A]+ alone
+    "magnitude": Strategy(lambda t: largest_positive(geometry(t.logprobs) * t.advantages.abs())),  # sign-blind
 }
 
 

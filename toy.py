@@ -15,13 +15,13 @@ import zlib
 from pathlib import Path
 
 import torch
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, pre_tokenizers
+from tokenizers.models import WordLevel
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-import distributed
-import rollout
 from data import fill, is_heldout, random_chain
+from support import distributed, models
 
 SYMBOLS = ["<pad>", "<eos>", "+", "-", "*", "/", "=", ",", "->", ":"]
 
@@ -34,7 +34,7 @@ def make_tokenizer(limit: int) -> PreTrainedTokenizerFast:
     byte-level BPE, whatever the folder says, and that splits 17 into 1 and 7.
     """
     words = SYMBOLS + [str(number) for number in range(limit + 1)]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.add_tokens([AddedToken(word, normalized=False) for word in words[2:]])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
@@ -90,13 +90,21 @@ def base_model(folder: Path, *, prompt: str, countdown: dict, toy: dict) -> Path
     return folder
 
 
+def blank_model(config):
+    """The model that `model=` names, without weights or memory (meta tensors), and its tokenizer."""
+    if config.model != "toy":
+        return models.load_blank(config.model)
+    tokenizer = make_tokenizer(config.countdown.limit)
+    return models.blank(model_shape(tokenizer, vars(config.toy))), tokenizer
+
+
 def model_shape(tokenizer, toy: dict) -> Qwen2Config:
     return Qwen2Config(
         vocab_size=len(tokenizer), hidden_size=toy["hidden"], num_hidden_layers=toy["layers"],
         num_attention_heads=toy["heads"], num_key_value_heads=max(1, toy["heads"] // 2),
         intermediate_size=toy["intermediate"], max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+    )
 
 
 def warm_start(*, prompt: str, countdown: dict, layers: int, hidden: int, heads: int, intermediate: int,
@@ -121,7 +129,7 @@ def warm_start(*, prompt: str, countdown: dict, layers: int, hidden: int, heads:
             tokens[row, : len(p) + len(a)] = torch.tensor(p + a)
             labels[row, len(p) : len(p) + len(a)] = torch.tensor(a)
         predicts = labels[:, 1:] != -100  # the state before a token predicts it; causal, so right padding is inert
-        hidden = rollout.hidden_states(model, tokens[:, :-1])[predicts]
+        hidden = models.hidden_states(model, tokens[:, :-1])[predicts]
         loss = torch.nn.functional.cross_entropy(model.lm_head(hidden), labels[:, 1:][predicts])
         for group in optimizer.param_groups:  # 50 updates of warm-up, then cosine to 0
             group["lr"] = lr * min(1, (update + 1) / 50) * 0.5 * (1 + math.cos(math.pi * update / updates))

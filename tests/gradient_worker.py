@@ -7,14 +7,14 @@ import sys
 from pathlib import Path
 
 import torch
-from conftest import VOCABULARY, tiny_model
+from helpers import VOCABULARY, tiny_model
 from torch.nn.parallel import DistributedDataParallel
 
-import config as configs
-import distributed
 import grpo
 import rollout
 import step as steps
+from support import config as configs
+from support import distributed
 
 
 def moved(policy):
@@ -27,33 +27,33 @@ def moved(policy):
 
 
 def step_gradient(world, *, rewards_of, micro_batch_size=4, logits_chunk=5, strategy="scope", more=(), on_policy=True):
-    """One update of 8 prompts x 4 completions: the selection of all ranks [N], the gradient by name, the figures."""
+    """One update of 8 prompts x 4 completions: the selection of all ranks [N], the gradient by name, the metrics."""
     keys = configs.override(configs.read_defaults(), [
         "prompts_per_step=8", "group_size=4", f"selection.strategy={strategy}", "selection.kl_coef=0.7",
         "selection.fraction=0.2", f"logits_chunk={logits_chunk}", "temperature=0.9",
         f"micro_batch_size={micro_batch_size}", *more,
-    ])  # fmt: skip
+    ])
     config = configs.namespace(configs.nest(keys))
     policy, reference = tiny_model(seed=0), tiny_model(seed=1)  # not equal: the penalty has a gradient
     policy.train()
-    objective = steps.Objective(policy, config, world.size)
+    objective = steps.MicroBatchLoss(policy, config, world.size)
     if torch.distributed.is_initialized():
         objective = DistributedDataParallel(objective)
     generator = torch.Generator().manual_seed(3)
     prompts = [torch.randint(2, VOCABULARY, (3 + i % 4,), generator=generator).tolist() for i in range(8)]
     rows = list(world.share(32))
     sampled = rollout.sample(policy, [prompts[row // 4] for row in rows], rows, stop=[1, 5],
-                             max_new_tokens=16, temperature=0.9, seed=0, step=0)  # fmt: skip
+                             max_new_tokens=16, temperature=0.9, seed=0, step=0)
     advantages = grpo.group_advantages(rewards_of(sampled, rows), 4)
     correct = torch.tensor([row % 3 == 0 for row in rows])
-    current = sampled if on_policy else steps.rescore(moved(policy), sampled, config, world)
+    current = sampled if on_policy else rollout.rescore(moved(policy), sampled, config, world)
     selection = steps.select(current, sampled.logprobs, advantages, config, seed=0)
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
     batches = steps.micro_batches(sampled, advantages, correct, selection, reference, config, world)
-    figures = steps.update(objective, optimizer, batches, selection, on_policy=on_policy, world=world,
-                           max_grad_norm=1e9)  # fmt: skip
+    metrics = steps.update(objective, optimizer, batches, selection, on_policy=on_policy, world=world,
+                           max_grad_norm=1e9)
     gradient = {name: p.grad.clone() for name, p in policy.named_parameters()}
-    return selection.flat["selected"], gradient, figures
+    return selection.flat["selected"], gradient, metrics
 
 
 def by_length(sampled, rows):

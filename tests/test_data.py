@@ -3,22 +3,15 @@
 import http.server
 import json
 import threading
-from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
+from helpers import config_of
 from mathematics import GSM8K, MATH, tokenizer, write
 
-import config as configs
 import data
-import rollout
-import step as steps
-from config import UserError
 from rewards import is_equal
-
-
-def config_of(*arguments):
-    return configs.namespace(configs.nest(configs.override(configs.read_defaults(), list(arguments))))
+from support.config import UserError
 
 
 def test_sets_as_their_owners_publish_them(tmp_path):
@@ -29,7 +22,7 @@ def test_sets_as_their_owners_publish_them(tmp_path):
     assert not unusable and problems[0] == {
         "problem": "Find the root of $7x - 2 = 0$ as a fraction.", "answer": r"\frac{2}{7}", "level": 1,
         "subject": "Number Theory",
-    }  # fmt: skip
+    }
     others = [
         {"problem": "1+1?", "solution": r"It is \boxed{3}, no.", "answer": "2", "subject": "Algebra", "level": 3},
         # MATH-500
@@ -37,7 +30,7 @@ def test_sets_as_their_owners_publish_them(tmp_path):
         {"problem": "0.1?", "answer": 0.1}, {"problem": "25?", "answer": "025"}, {"Problem": "9?", "Answer": 9},
         # AMC, AIME
         {"prompt": "Half?", "answer": None, "solution": r"\boxed{\frac{1}{2}}", "level": "Level ?"},
-    ]  # fmt: skip
+    ]
     problems, _ = data.read_jsonl(write(tmp_path / "others.jsonl", others))
     assert [problem["answer"] for problem in problems] == ["2", "27", str(10**22 + 1), "0.1", "025", "9",
                                                            r"\frac{1}{2}"]
@@ -68,7 +61,7 @@ def test_fields_may_be_named(tmp_path):
      ({"problem": "x", "answer": True}, '"answer" must be text or a number, not true'),
      ({"answer": "1"}, 'no "problem"'),
      ({"numbers": [1], "target": 1}, "do not go into one file"), ({}, "its fields are none")],
-)  # fmt: skip
+)
 def test_wrong_types_name_file_and_line(tmp_path, row, words):
     file = write(tmp_path / "p.jsonl", [{"problem": "1+1?", "answer": "2"}, row])
     with pytest.raises(UserError, match=rf"p\.jsonl, line 2 is no problem: .*{words}"):
@@ -77,7 +70,7 @@ def test_wrong_types_name_file_and_line(tmp_path, row, words):
 
 def test_rows_without_a_gold_answer_are_counted_and_named(tmp_path):
     empty = [{"problem": "a", "answer": ""}, {"problem": "b"}, {"problem": "c", "solution": r"so \boxed{}"},
-             {"problem": "d", "solution": "prose alone"}, {"problem": "e", "answer": None}]  # fmt: skip
+             {"problem": "d", "solution": "prose alone"}, {"problem": "e", "answer": None}]
     file = write(tmp_path / "p.jsonl", [*MATH[:3], *empty, *MATH[3:]])
     problems, unusable = data.read_jsonl(file)
     assert len(problems) == len(MATH) and unusable == [4, 5, 6, 7, 8]
@@ -91,14 +84,14 @@ def test_filter():
     problem = {"problem": "x", "answer": "1", "level": 3, "subject": "Number Theory"}
     for conditions in ("", "level=3", "level=1-3", "level=1, 3", "subject=number theory",
                        "subject=Algebra,Number Theory",
-                       "level=3-5; subject=Number Theory"):  # fmt: skip
-        assert data.wanted(problem, conditions), conditions
+                       "level=3-5; subject=Number Theory"):
+        assert data.matches(problem, conditions), conditions
     for conditions in ("level=4-5", "level=1,2", "subject=Algebra", "level=3; subject=Algebra"):
-        assert not data.wanted(problem, conditions), conditions
-    assert not data.wanted(problem | {"level": None}, "level=1-5")
+        assert not data.matches(problem, conditions), conditions
+    assert not data.matches(problem | {"level": None}, "level=1-5")
     for conditions in ("level", "colour=red", "level=high", "level="):
         with pytest.raises(UserError, match="data.filter="):
-            data.wanted(problem, conditions)
+            data.matches(problem, conditions)
 
 
 def test_training_and_evaluation_never_overlap(tmp_path):
@@ -177,41 +170,18 @@ PROBLEM = {"problem": r"What is $\frac{4}{2}$, {dear}?", "answer": "2", "level":
 def test_prompts_go_through_the_chat_template_or_the_plain_one():
     config = config_of("prompt.system=Think.")
     chat, plain = tokenizer("qwen", chat=True), tokenizer("qwen", chat=False)
-    assert chat.decode(steps.prompt_ids(chat, [PROBLEM], config)[0]) == (
+    assert chat.decode(data.prompt_ids(chat, [PROBLEM], config.prompt)[0]) == (
         "<|im_start|>system\nThink.<|im_end|>\n<|im_start|>user\n" + config.prompt.math.replace("{problem}",
                                                                                                 PROBLEM["problem"])
-        + "<|im_end|>\n<|im_start|>assistant\n")  # fmt: skip
-    assert r"$\frac{4}{2}$, {dear}?" in chat.decode(steps.prompt_ids(chat, [PROBLEM], config)[0])
-    assert plain.decode(steps.prompt_ids(plain, [PROBLEM], config)[0]) == config.prompt.plain.replace(
-        "{problem}", PROBLEM["problem"])  # fmt: skip
-    own = chat.decode(steps.prompt_ids(chat, [PROBLEM], config_of())[0])
+        + "<|im_end|>\n<|im_start|>assistant\n")
+    assert r"$\frac{4}{2}$, {dear}?" in chat.decode(data.prompt_ids(chat, [PROBLEM], config.prompt)[0])
+    assert plain.decode(data.prompt_ids(plain, [PROBLEM], config.prompt)[0]) == config.prompt.plain.replace(
+        "{problem}", PROBLEM["problem"])
+    own = chat.decode(data.prompt_ids(chat, [PROBLEM], config_of().prompt)[0])
     assert own.startswith("<|im_start|>system\nYou are a helpful assistant.<|im_end|>")  # what the template itself says
     llama = tokenizer("llama", chat=True)
-    ids = steps.prompt_ids(llama, [PROBLEM], config)[0]
+    ids = data.prompt_ids(llama, [PROBLEM], config.prompt)[0]
     assert ids.count(llama.bos_token_id) == 1 and ids[0] == llama.bos_token_id  # the template's, and no second one
-
-
-def test_a_template_that_refuses_a_system_message_is_told():
-    words = tokenizer("qwen", chat=True)
-    words.chat_template = ("{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
-                           "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}")  # fmt: skip
-    assert words.decode(steps.prompt_ids(words, [PROBLEM], config_of())[0]).endswith("<|im_end|>")
-    with pytest.raises(UserError, match="no system role.*prompt.system"):
-        steps.prompt_ids(words, [PROBLEM], config_of("prompt.system=Think."))
-
-
-@pytest.mark.parametrize("chat", [True, False])
-@pytest.mark.parametrize("family, ends", [("qwen", ["<|endoftext|>", "<|im_end|>"]),
-                                          ("llama", ["<|end_of_text|>", "<|eot_id|>"])])  # fmt: skip
-def test_the_end_of_a_turn_and_of_a_text_both_stop(family, ends, chat):
-    words = tokenizer(family, chat=chat)
-    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=words.eos_token_id))
-    assert rollout.stop_ids(model, words) == sorted(words.convert_tokens_to_ids(ends))
-
-
-def test_a_chat_templates_own_end_of_turn_stops():
-    words = tokenizer("qwen", chat=True)
-    words.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}<|im_start|>{% endfor %}"
-    assert words.convert_tokens_to_ids("<|im_start|>") == rollout.turn_end(words)
-    words.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"  # none: a line break
-    assert rollout.turn_end(words) is None
+    llama = tokenizer("llama", chat=False)
+    ids = data.prompt_ids(llama, [PROBLEM], config.prompt)[0]
+    assert ids.count(llama.bos_token_id) == 1 and ids[0] == llama.bos_token_id  # the tokenizer's own

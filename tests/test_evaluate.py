@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import ROOT
 
-import config as configs
 import evaluate
-import plots
 import toy
-
-ROOT = Path(__file__).parents[1]
+from support import config as configs
+from support import plots
+from support.statistics import Estimate, difference
 
 
 @pytest.mark.parametrize("n", range(1, 8))
@@ -80,7 +80,7 @@ def made_up(seed=0):
 
 def test_figures_by_hand():
     e, other = made_up(0), made_up(1)
-    figures = {name: (f.value, f.error) for name, f in e.figures([1, 16], other).items()}
+    figures = {name: (f.value, f.error) for name, f in e.metrics([1, 16], other).items()}
     assert figures["acc@16"][0] == pytest.approx((5 / 16 + 0 + 0) / 3)
     rates = np.array([5 / 20, 4 / 20, 0])
     assert figures["pass@1"] == (pytest.approx(rates.mean()), pytest.approx(rates.std(ddof=1) / 3**0.5))
@@ -90,7 +90,7 @@ def test_figures_by_hand():
     assert figures["d_collapse"][0] == pytest.approx(evaluate.d_collapse(other.entropy, e.entropy), abs=1e-9)
     assert figures["length"][0] == pytest.approx(e.lengths.mean())
     assert figures["truncated"][0] == pytest.approx(10 / 60)
-    assert e.figures([1], e)["d_collapse"].value == pytest.approx(0, abs=1e-12)
+    assert e.metrics([1], e)["d_collapse"].value == pytest.approx(0, abs=1e-12)
     json.dumps(e.summary(other))
     assert "pass@64" not in e.summary()  # k <= n only
 
@@ -99,8 +99,8 @@ def test_d_collapse_on_fixed_text():
     """On the base's own text: 0 for the base itself, 1 for a deterministic model."""
     e = made_up()
     zero = np.zeros_like(e.entropy)
-    assert e.figures([1], e, e.entropy)["d_collapse fixed"].value == pytest.approx(0, abs=1e-12)
-    assert e.figures([1], e, zero)["d_collapse fixed"].value == 1
+    assert e.metrics([1], e, e.entropy)["d_collapse fixed"].value == pytest.approx(0, abs=1e-12)
+    assert e.metrics([1], e, zero)["d_collapse fixed"].value == 1
 
 
 def test_per_problem_sums_by_loops():
@@ -117,7 +117,7 @@ def test_error_of_a_ratio_is_that_of_the_jackknife():
     """Tokens of a problem stand together: the clustered error agrees with leaving one problem out at a time."""
     rng = np.random.default_rng(0)
     bottom = rng.integers(20, 60, size=200).astype(float)
-    figure = evaluate.Figure(bottom * rng.normal(0.5, 0.2, size=200), bottom, offset=1.0, scale=-5.0)
+    figure = Estimate(bottom * rng.normal(0.5, 0.2, size=200), bottom, offset=1.0, scale=-5.0)
     left_out = [1 - 5 * np.delete(figure.top, i).sum() / np.delete(bottom, i).sum() for i in range(200)]
     jackknife = np.sqrt(199 / 200 * ((left_out - np.mean(left_out)) ** 2).sum())
     assert figure.error == pytest.approx(jackknife, rel=0.02)
@@ -150,8 +150,8 @@ def test_bootstrap_covers():
         one, two = (rng.binomial(16, np.clip(skill + gain, 0, 1)) / 16 for gain in (0.0, 0.1))
         truth = np.clip(np.array(skill) + 0.1, 0, 1).mean() - skill.mean()
         ones = np.ones(80)
-        figures = evaluate.Figure(one, ones), evaluate.Figure(two, ones)
-        d, low, high = evaluate.difference(*figures, resamples=400, seed=trial)
+        figures = Estimate(one, ones), Estimate(two, ones)
+        d, low, high = difference(*figures, resamples=400, seed=trial)
         held += low <= truth <= high
         assert low <= d <= high
     assert 0.9 <= held / 300 <= 0.99
@@ -160,8 +160,8 @@ def test_bootstrap_covers():
 def test_pairing_narrows_the_interval():
     rng = np.random.default_rng(1)
     skill, ones = rng.random(200), np.ones(200)
-    one, two = evaluate.Figure(skill, ones), evaluate.Figure(skill + 0.01 * rng.random(200), ones)
-    _, low, high = evaluate.difference(one, two)
+    one, two = Estimate(skill, ones), Estimate(skill + 0.01 * rng.random(200), ones)
+    _, low, high = difference(one, two)
     assert 0 < low < high < 0.01 and high - low < 0.1 * one.error
 
 
@@ -180,7 +180,7 @@ def test_table_and_file_round_trip(tmp_path):
 
 
 SMALL = ["toy.layers=1", "toy.hidden=16", "toy.heads=2", "toy.intermediate=16", "toy.updates=40", "toy.batch=16",
-         "max_new_tokens=20", "rollout.batch_size=7", "problems=4", "samples=8"]  # fmt: skip
+         "max_new_tokens=20", "rollout.batch_size=7", "problems=4", "samples=8"]
 
 
 @pytest.fixture(scope="module")
@@ -257,19 +257,20 @@ def test_killed_and_resumed_is_byte_identical(toys, tmp_path, monkeypatch):
     assert len(calls) == before
 
 
-def test_two_ranks_give_the_same_evaluation(toys, tmp_path):
+def test_two_ranks_give_the_same_evaluation(toys, tmp_path, monkeypatch, capsys):
     """The same draws, verdicts and table; entropies to rounding, for each rank computes with fewer threads."""
-    outputs = []
-    for ranks in (1, 2):
-        folder = tmp_path / str(ranks)
-        folder.mkdir()
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        result = subprocess.run([*command, ROOT / "evaluate.py", f"models=[{toys / 'one'},{toys / 'two'}]", *SMALL],
-                                cwd=folder, capture_output=True, text=True, timeout=170)  # fmt: skip
-        assert result.returncode == 0, result.stderr
-        outputs.append((result.stdout, completions(folder)))
-    (table, one), (other_table, other) = outputs
-    assert table == other_table and one.keys() == other.keys() and len(one) == 2
+    arguments = [f"models=[{toys / 'one'},{toys / 'two'}]", *SMALL]
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path / "one")
+    run(arguments)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    result = subprocess.run([*command, ROOT / "evaluate.py", *arguments], cwd=tmp_path / "two", capture_output=True,
+                            text=True, timeout=170)
+    assert result.returncode == 0, result.stderr
+    assert capsys.readouterr().out == result.stdout
+    one, other = completions(tmp_path / "one"), completions(tmp_path / "two")
+    assert one.keys() == other.keys() and len(one) == 2
     for name in one:
         for line, other_line in zip(one[name].splitlines()[1:], other[name].splitlines()[1:], strict=True):
             row, other_row = json.loads(line), json.loads(other_line)
@@ -286,6 +287,19 @@ def test_other_settings_or_weights_are_another_evaluation(toys, tmp_path, monkey
     shutil.copy(toys / "two" / "model.safetensors", "model/model.safetensors")
     run(["model=model", *SMALL])
     assert len(completions(".")) == 3 and len(set(completions(".").values())) == 3
+    others = ["temperature=0.5", "max_new_tokens=5", "problems=3", "samples=4", "prompt.countdown={target} {numbers} :",
+              "reward.grader=math_verify", "rollout.batch_size=9", "countdown.largest=9"]
+    for count, word in enumerate(others, start=4):
+        run(["model=model", *SMALL, word])
+        assert len(completions(".")) == count, word
+    entropies = {}  # of the colder evaluation, and of the one that differs in nothing else
+    for lines in map(bytes.splitlines, completions(".").values()):
+        settings = json.loads(lines[0])
+        temperature = settings.pop("temperature")
+        mean = np.mean([json.loads(line)["entropy"] for line in lines[1:]])
+        entropies.setdefault(json.dumps(settings), {})[temperature] = mean
+    (pair,) = [found for found in entropies.values() if len(found) == 2]
+    assert pair[0.5] < pair[1.0] - 1e-3, pair
 
 
 def test_training_curves(tmp_path, monkeypatch, capsys):
@@ -316,7 +330,7 @@ def test_running_mean():
     [(["k=[1,32]"], "k=32 with samples=16"), (["k=[0]"], "k=[0]"), (["samples=0"], "samples=0"),
      (["steps=3"], "steps"), (["model=[toy,nowhere]"], "nowhere: no such folder"), (["data=[auto,x.jsonl]"], "x.jsonl"),
      (["model=[toy,]"], "several as [a,b]")],
-)  # fmt: skip
+)
 def test_bad_input(arguments, words):
     with pytest.raises(configs.UserError, match=re.escape(words)):
         configs.evaluation_keys(arguments)

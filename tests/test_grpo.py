@@ -123,7 +123,7 @@ def test_chunks_equal_the_whole_in_value_and_gradient(size):
     whole, chunked = logprobs_of(hidden, tokens), grpo.in_chunks(logprobs_of, hidden, tokens, size=size)
     torch.testing.assert_close(chunked, whole, rtol=1e-13, atol=0)
     for a, b in zip(torch.autograd.grad((whole * factors).sum(), (hidden, weight)),
-                    torch.autograd.grad((chunked * factors).sum(), (hidden, weight))):  # fmt: skip
+                    torch.autograd.grad((chunked * factors).sum(), (hidden, weight))):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
 
 

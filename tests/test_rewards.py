@@ -1,12 +1,18 @@
-"""The Countdown reward: a table of texts, and bounded work on hostile ones."""
+"""The Countdown reward: a table of texts, and bounded work on hostile ones. Which rewards need labels."""
 
+import math
 import random
 import time
+from types import SimpleNamespace
 
 import pytest
+import torch
+from helpers import tiny_model
 
+import rewards
+import rollout
 from data import random_chain
-from rewards import solves_countdown
+from rewards import REWARDS, solves_countdown
 
 NUMBERS, TARGET = [3, 5, 7, 2], 24
 
@@ -61,8 +67,62 @@ def test_generated_chains_solve_their_problems_and_no_other_target():
     ["9**9**9**9=1, 1+1=2, 2+2=4", "9" * 100_000 + "+1=2, 1+1=2, 1+1=2", "," * 100_000, "(" * 100_000,
      "1+1=2" * 50_000, "٣*٥=١٥, 15+7=22, 22+2=24", " " * 100_000 + "x,1+1=2,1+1=2"],
     ids=["tower", "long number", "commas", "parentheses", "no commas", "other digits", "blanks"],
-)  # fmt: skip
+)
 def test_hostile_texts_are_wrong_at_once(text):
     started = time.perf_counter()
     assert not solves_countdown(text, NUMBERS, TARGET)
     assert time.perf_counter() - started < 0.05
+
+
+def test_verifiable_rewards_are_those_that_the_verdict_changes():
+    records = {name: torch.rand(2, 3) for name in ("logprobs", "entropy", "self_certainty")}
+    sampled = SimpleNamespace(mask=torch.ones(2, 3, dtype=torch.bool), **records)
+    right, wrong = torch.tensor([True, True]), torch.tensor([False, False])
+    for name, reward in REWARDS.items():
+        assert reward.verifiable != torch.equal(reward.function(right, sampled), reward.function(wrong, sampled)), name
+
+
+# ---------------------------------------------------------------- RLVR and RLIF
+
+
+def record(values, lengths):
+    """[B, C] with zeros past each row's length, and its mask."""
+    width = max(lengths)
+    padded = torch.tensor([row + [0.0] * (width - len(row)) for row in values])
+    mask = torch.tensor([[t < length for t in range(width)] for length in lengths])
+    return padded, mask
+
+
+def test_rewards_by_loops():
+    lengths = [3, 1, 5]
+    generator = torch.Generator().manual_seed(0)
+    rows = {name: [torch.rand(n, generator=generator).tolist() for n in lengths]
+            for name in ("logprobs", "entropy", "self_certainty")}
+    padded = {name: record(values, lengths)[0] for name, values in rows.items()}
+    sampled = SimpleNamespace(mask=record(rows["entropy"], lengths)[1], **padded)
+    correct = torch.tensor([True, False, True])
+    expected = {
+        "accuracy": [1.0, 0.0, 1.0],
+        "self_certainty": [sum(row) / len(row) for row in rows["self_certainty"]],
+        "token_entropy": [-sum(row) / len(row) for row in rows["entropy"]],
+        "trajectory_likelihood": [sum(row) for row in rows["logprobs"]],
+        "trajectory_entropy": [-sum(row) for row in rows["entropy"]],
+    }
+    assert expected.keys() == REWARDS.keys()
+    for name, values in expected.items():
+        assert REWARDS[name].function(correct, sampled).tolist() == pytest.approx(values, rel=1e-6), name
+
+
+def test_self_certainty_is_aligned_with_the_drawn_tokens():
+    """A three-token completion: the distributions *before* each token count, the one after the last does not."""
+    model = tiny_model()
+    sampled = rollout.sample(model, [[7, 3, 9]], [0], stop=[1], max_new_tokens=3, seed=0, step=0)
+    completion = sampled.tokens[0].tolist()
+    total = 0.0
+    for t in range(3):
+        with torch.no_grad():
+            logits = model(torch.tensor([[7, 3, 9] + completion[:t]])).logits[0, -1].double().tolist()
+        log_z = math.log(sum(math.exp(z) for z in logits))
+        total += sum((1 / 40) * (math.log(1 / 40) - (z - log_z)) for z in logits)
+    reward = rewards.self_certainty(torch.tensor([False]), sampled)
+    assert sampled.mask.sum() == 3 and reward.item() == pytest.approx(total / 3, rel=1e-4)

@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
-from conftest import VOCABULARY, tiny_model
+from helpers import VOCABULARY, tiny_model
 from transformers import GenerationConfig
 
 import grpo
 import rollout
+from support import models
 
 STOP = [1, 5]
 
@@ -38,6 +39,22 @@ def uniforms(**changes):
 
 def correlation(a, b):
     return torch.corrcoef(torch.stack([a, b]))[0, 1].item()
+
+
+def splitmix(x: int) -> int:
+    """SplitMix64's finaliser on whole numbers of any size, cut to 64 bits as the paper's C does."""
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+    return x ^ x >> 31
+
+
+def test_mix_is_splitmix64():
+    """Against its published first outputs from seed 0, and an unsigned reference."""
+    golden = 0x9E3779B97F4A7C15
+    assert [splitmix(golden * k % 2**64) for k in (1, 2)] == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4]
+    numbers = torch.randint(-(2**63), 2**63 - 1, (500,), generator=torch.Generator().manual_seed(0))
+    numbers = torch.cat([numbers, torch.arange(-3, 4)])
+    assert [x % 2**64 for x in rollout.mix(numbers).tolist()] == [splitmix(x % 2**64) for x in numbers.tolist()]
 
 
 def test_noise_is_gumbel():
@@ -95,7 +112,7 @@ def test_draws_follow_the_softmax(temperature):
 @pytest.mark.parametrize(
     "changes", [{"seed": 1}, {"step": 1}, {"position": 1}, {"rows": torch.arange(1, N + 1)}],
     ids=["seed", "step", "position", "row"],
-)  # fmt: skip
+)
 def test_draws_are_independent(changes):
     """Contingency table of draws and their neighbours: (4 - 1)^2 = 9 degrees of freedom, 99.99 % below 33.7."""
     logits = torch.tensor([0.5, 0.0, -0.5, -1.0])
@@ -160,7 +177,7 @@ def test_recorded_equals_recomputed(architecture, temperature, prompts):
     for rows in ([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11], [4, 9], [11]):
         tokens, predicts = result.pack(rows)
         with torch.no_grad():
-            logits = model.get_output_embeddings()(rollout.hidden_states(model, tokens)[predicts])
+            logits = model.get_output_embeddings()(models.hidden_states(model, tokens)[predicts])
         mask = result.mask[rows]
         logprobs = grpo.token_logprobs(logits, result.tokens[rows][mask], temperature=temperature)
         torch.testing.assert_close(logprobs, result.logprobs[rows][mask], rtol=0, atol=1e-4)
@@ -208,7 +225,7 @@ def test_token_zero_may_be_a_stop_id(model, prompts):
 def test_the_models_own_generation_config_does_not_leak_in(model, prompts):
     plain = sample(model, prompts)
     own = GenerationConfig(do_sample=True, top_k=1, top_p=0.1, temperature=0.1, repetition_penalty=5.0,
-                           no_repeat_ngram_size=1, suppress_tokens=list(range(2, 30)), eos_token_id=1)  # fmt: skip
+                           no_repeat_ngram_size=1, suppress_tokens=list(range(2, 30)), eos_token_id=1)
     model.generation_config = own
     assert rows_of(sample(model, prompts)) == rows_of(plain)
     assert model.generation_config is own  # and it is left as it was
@@ -216,7 +233,7 @@ def test_the_models_own_generation_config_does_not_leak_in(model, prompts):
 
 def test_sampling_leaves_training_mode_and_uses_the_cache(model, prompts):
     """With gradient checkpointing a model in train() drops its KV cache; sampling happens in eval()."""
-    rollout.recompute_layers(model)
+    models.recompute_layers(model)
     model.train()
     widths = []
     hook = model.base_model.layers[0].register_forward_pre_hook(
@@ -247,22 +264,10 @@ def test_progress_counts_every_completion_once(model, prompts):
     assert sum(done) == len(prompts)
 
 
-def test_stop_ids_are_all_of_the_models_and_the_tokenizers():
-    class Tokenizer:
-        eos_token_id = 9
-        chat_template = None
-        get_added_vocab = dict
-
-    model = tiny_model()
-    for eos, expected in ((1, [1, 9]), ([1, 5], [1, 5, 9]), (None, [9])):
-        model.generation_config.eos_token_id = eos
-        assert rollout.stop_ids(model, Tokenizer) == expected
-
-
 def test_uniform_entropy_at_a_blank_model():
     """A sanity check on units: a model with zero weights has entropy log V and self-certainty 0."""
     model = tiny_model(spread=0.0)
     result = sample(model, [[3, 4]] * 4)
     torch.testing.assert_close(result.entropy[result.mask], torch.full_like(result.entropy[result.mask],
-                                                                            math.log(VOCABULARY)))  # fmt: skip
+                                                                            math.log(VOCABULARY)))
     assert result.self_certainty.abs().max() < 1e-5

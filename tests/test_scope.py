@@ -32,7 +32,7 @@ def test_scope_takes_the_largest_scores(fraction):
     step = step_of_tokens()
     selected = scope.select_tokens("scope", fraction=fraction, seed=0, **step)
     scores = [math.exp(lp) * (1 - math.exp(lp)) * max(a, 0)
-              for lp, a in zip(step["logprobs"].tolist(), step["advantages"].tolist())]  # fmt: skip
+              for lp, a in zip(step["logprobs"].tolist(), step["advantages"].tolist())]
     ranked = sorted(range(2000), key=lambda i: -scores[i])
     budget = min(round(fraction * 2000), sum(s > 0 for s in scores))
     assert set(selected.nonzero().flatten().tolist()) == set(ranked[:budget])
@@ -58,7 +58,7 @@ def test_all_wrong_selects_nothing():
 
 def test_ties_break_at_random_by_seed():
     step = {"logprobs": torch.full((1000,), math.log(0.5)), "entropy": torch.ones(1000),
-            "advantages": torch.ones(1000)}  # fmt: skip
+            "advantages": torch.ones(1000)}
     masks = [scope.select_tokens("scope", fraction=0.1, seed=seed, **step) for seed in range(40)]
     assert all(mask.sum() == 100 for mask in masks)
     counts = torch.stack(masks).float().sum(dim=0)

@@ -2,24 +2,19 @@
 
 import json
 import random
-from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
     PreTrainedTokenizerFast,
 )
 
 import data
-import rollout
 import toy
-from config import UserError, namespace, nest, override, read_defaults
+from support import models
+from support.config import UserError, namespace, nest, override, read_defaults
 
 COUNTDOWN = {"numbers": 4, "largest": 20, "limit": 99}
 PROMPT = "{numbers} -> {target} :"
@@ -84,7 +79,7 @@ def test_read_jsonl(tmp_path):
     "line",
     ["{", "[1]", '{"numbers": [], "target": 1}', '{"numbers": [1.5], "target": 1}', "[" * 5000,
      '{"numbers": [true], "target": 1}', '{"numbers": [1]}', '{"numbers": "12", "target": 1}'],
-)  # fmt: skip
+)
 def test_bad_rows_name_file_and_line(tmp_path, line):
     file = tmp_path / "problems.jsonl"
     file.write_text('{"numbers": [1, 2], "target": 3}\n' + line + "\n")
@@ -130,14 +125,14 @@ def test_every_number_is_one_token_for_whoever_loads_the_folder(folder, loader):
     expected = "13 5 7 20 -> 24 : 13 * 5 = 65 , 65 / 13 = 5 <eos>".split()
     assert [words[i] for i in tokenizer(text).input_ids] == expected
     assert data.solves_countdown(tokenizer.decode(tokenizer("3*5=15, 15+7=22, 22+2=24<eos>").input_ids,
-                                                  skip_special_tokens=True), [3, 5, 7, 2], 24)  # fmt: skip
+                                                  skip_special_tokens=True), [3, 5, 7, 2], 24)
 
 
 def test_the_folder_is_an_ordinary_one(folder):
-    model, tokenizer = rollout.load(str(folder))
+    model, tokenizer = models.load(str(folder))
     other = AutoModelForCausalLM.from_pretrained(folder)
     assert torch.equal(model.get_input_embeddings().weight, other.get_input_embeddings().weight)
-    assert rollout.stop_ids(model, tokenizer) == [tokenizer.eos_token_id]
+    assert models.stop_ids(model, tokenizer) == [tokenizer.eos_token_id]
 
 
 def test_reused_rebuilt_and_never_half_written(tmp_path, monkeypatch):
@@ -176,27 +171,3 @@ def test_a_change_of_the_generator_changes_the_recipe(tmp_path, monkeypatch):
     monkeypatch.setattr(toy, "warm_start", lambda **settings: 1 / 0)
     with pytest.raises(ZeroDivisionError):  # that is: it is built anew
         toy.base_model(tmp_path / "base", prompt=PROMPT, countdown=COUNTDOWN, toy=SMALL)
-
-
-def test_dropout_is_off_whatever_its_name(tmp_path):
-    shape = GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2, resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
-    GPT2LMHeadModel(shape).save_pretrained(tmp_path)
-    toy.make_tokenizer(20).save_pretrained(tmp_path)
-    model, _ = rollout.load(str(tmp_path))
-    tokens = torch.arange(10)[None]
-    assert torch.equal(model.train()(tokens).logits, model(tokens).logits)
-
-
-def test_a_model_without_a_stop_token_is_told():
-    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=None))
-    with pytest.raises(UserError, match="stop token"):
-        rollout.stop_ids(model, SimpleNamespace(eos_token_id=None, chat_template=None, get_added_vocab=dict))
-
-
-def test_models_that_post_process_logits_are_refused(tmp_path):
-    shape = Gemma2Config(vocab_size=40, hidden_size=32, intermediate_size=32, num_hidden_layers=1, head_dim=8,
-                         num_attention_heads=4, num_key_value_heads=2, final_logit_softcapping=0.1)  # fmt: skip
-    Gemma2ForCausalLM(shape).save_pretrained(tmp_path)
-    toy.make_tokenizer(20).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="post-processes its logits"):
-        rollout.load(str(tmp_path))

@@ -17,14 +17,14 @@ START, LIMIT = 120.0, 5.0  # seconds to import sympy on a busy machine, and for 
 _child: subprocess.Popen | None = None
 
 
-def math_verify(answer: str, gold: str) -> bool:
+def is_equal(answer: str, gold: str) -> bool:
     """Whether Math-Verify finds the answer equal to the gold one; False if it cannot say in time."""
     global _child
     if answer.strip() == gold.strip():
         return bool(gold.strip())
     if _child is None or _child.poll() is not None:
-        _child = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                  stderr=subprocess.DEVNULL, text=True)  # fmt: skip
+        _child = subprocess.Popen([sys.executable, "-P", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                  stderr=subprocess.DEVNULL, text=True)  # -P: its own folder would hide the library
         atexit.register(_child.kill)
         if reply(_child, START) != "ready":
             raise RuntimeError("math_verify does not start: try `python -c 'import math_verify'`")

@@ -1,22 +1,19 @@
 """A run's folder, runs/<name>/: its logs, its checkpoint, and what a killed run needs to go on."""
 
 import json
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import yaml
 from tqdm import tqdm
 
-import config as configs
-import distributed
-import rollout
+from support import config as configs
+from support import distributed, models
+from support.files import replace_folder, replace_text
 
 # Keys that a resumed run may give anew: they change speed, memory or what is written, not the training.
 MAY_DIFFER = {"resume", "name", "recipe", "dry_run", "micro_batch_size", "logits_chunk", "gradient_checkpointing",
-              "rollout.batch_size", "rollout.segment", "log_every", "save_every"}  # fmt: skip
+              "rollout.batch_size", "rollout.segment", "log_every", "save_every"}
 
 
 def run_folder(config, keys: dict) -> Path:
@@ -25,7 +22,8 @@ def run_folder(config, keys: dict) -> Path:
     if name == "auto":
         data = "-".join(word for word in Path(config.data.file).with_suffix("").parts[-2:] if word.strip("/."))
         words = [Path(config.model).name, data, config.reward.kind, config.objective, config.selection.strategy]
-        name = "-".join([word for word in words if word not in ("toy", "accuracy", "grpo")] + [f"seed{config.seed}"])
+        usual = [configs.read_defaults()[key] for key in ("model", "reward.kind", "objective")]
+        name = "-".join([word for word in words if word not in usual] + [f"seed{config.seed}"])
     folder = Path("runs") / name
     stored = folder / "config.yaml"
     if config.resume:
@@ -34,34 +32,33 @@ def run_folder(config, keys: dict) -> Path:
         for key in sorted(keys.keys() - MAY_DIFFER):
             configs.require(old.get(key) == keys[key],
                             f"resume=true: {key}={keys[key]}, but the run in {folder} has {old.get(key)}; "
-                            f"give {key}={old.get(key)}, or start a run of another name=")  # fmt: skip
+                            f"give {key}={old.get(key)}, or start a run of another name=")
     else:
         configs.require(not folder.exists() or not any(folder.iterdir()),
                         f"{folder} already holds a run: give another name=, resume=true to go on with it, "
-                        "or delete the folder")  # fmt: skip
+                        "or delete the folder")
     return folder
 
 
-def begin(folder: Path, keys: dict) -> None:
-    """Makes the folder with its config.yaml, whole or not at all; a resumed run keeps the one it has."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "config.yaml").exists():
-        configs.replace_text(folder / "config.yaml", yaml.safe_dump(configs.nest(keys), sort_keys=False))
-
-
 class Log:
-    """metrics.jsonl and samples.jsonl, one JSON object a line.
+    """A run's config.yaml, metrics.jsonl and samples.jsonl (one JSON object a line), and what it prints.
 
     Lines after step `start` were written by a run that was killed before it saved that step: dropped,
     and with them a final evaluation, which is done again.
     """
 
-    def __init__(self, folder: Path, start: int):
-        self.folder = folder
+    def __init__(self, folder: Path, keys: dict, start: int, *, active: bool):
+        """`active`: this is the rank that writes and prints; on the others nothing happens."""
+        self.folder, self.active = folder, active
+        if not active:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "config.yaml").exists():  # a resumed run keeps the one it has
+            replace_text(folder / "config.yaml", yaml.safe_dump(configs.nest(keys), sort_keys=False))
         for path in (folder / "metrics.jsonl", folder / "samples.jsonl"):
             lines = path.read_text().splitlines(keepends=True) if start and path.exists() else []
             kept = [line for line in lines if line.endswith("\n") and self.stays(json.loads(line), start)]
-            configs.replace_text(path, "".join(kept))
+            replace_text(path, "".join(kept))
 
     @staticmethod
     def stays(row: dict, start: int) -> bool:
@@ -72,26 +69,17 @@ class Log:
         self._append("metrics.jsonl", row)
 
     def sample(self, step: int, prompt: str, completion: str, reward: float) -> None:
-        tqdm.write(f"  {prompt} {completion}   [reward {reward:g}]")
+        self.print(f"  {prompt} {completion}   [reward {reward:g}]")
         self._append("samples.jsonl", {"step": step, "prompt": prompt, "completion": completion, "reward": reward})
 
+    def print(self, text: str) -> None:
+        if self.active:
+            tqdm.write(text)
+
     def _append(self, name: str, row: dict) -> None:
-        with (self.folder / name).open("a") as file:
-            file.write(json.dumps(row) + "\n")
-
-
-@contextmanager
-def replaced(folder: Path) -> Iterator[Path]:
-    """A fresh folder to fill, which then takes the place of `folder`: a kill leaves the old one or the new one."""
-    unfinished, old = folder.with_name(f"{folder.name}.tmp"), folder.with_name(f"{folder.name}.old")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    yield unfinished
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)  # a kill between these two renames leaves `old`, which load finds
-    unfinished.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+        if self.active:
+            with (self.folder / name).open("a") as file:
+                file.write(json.dumps(row) + "\n")
 
 
 def save(folder: Path, step: int, policy, tokenizer, optimizer) -> None:
@@ -99,7 +87,7 @@ def save(folder: Path, step: int, policy, tokenizer, optimizer) -> None:
     if hasattr(optimizer, "consolidate_state_dict"):  # ZeroRedundancyOptimizer: the shards come to rank 0
         optimizer.consolidate_state_dict(to=0)
     if distributed.rank() == 0:
-        with replaced(folder / "checkpoint") as unfinished:
+        with replace_folder(folder / "checkpoint") as unfinished:
             policy.save_pretrained(unfinished)
             tokenizer.save_pretrained(unfinished)
             torch.save({"step": step, "optimizer": optimizer.state_dict()}, unfinished / "trainer.pt")
@@ -110,7 +98,7 @@ def load(folder: Path, policy, optimizer) -> int:
     """Restores weights and optimizer state; returns the steps done, 0 where none was saved yet."""
     for saved in (folder / "checkpoint", folder / "checkpoint.old"):
         if (saved / "trainer.pt").is_file():
-            policy.load_state_dict(rollout.load(str(saved))[0].state_dict())
+            policy.load_state_dict(models.load(str(saved))[0].state_dict())
             state = torch.load(saved / "trainer.pt", map_location="cpu", weights_only=True)
             optimizer.load_state_dict(state["optimizer"])
             return state["step"]

@@ -1,13 +1,46 @@
-"""The two pictures: Pass@k of several models, training curves of several runs. Without matplotlib, how to get them."""
+"""Tables in text, and two pictures: Pass@k of several models, training curves of several runs."""
 
 import json
 from pathlib import Path
 
-from config import UserError
+from support.config import UserError
+
+
+def aligned(lines: list[list[str]]) -> str:
+    """A table of texts, the first line its head, with columns aligned on the right."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join("  ".join(text.rjust(width) for text, width in zip(line, widths)) for line in lines)
+
+
+def format_table(summaries: dict[str, dict]) -> str:
+    """An aligned table, one line a model: value, and its standard error where it has one."""
+    columns = list(dict.fromkeys(name for metrics in summaries.values() for name in metrics))
+
+    def cell(metric):
+        if metric is None:
+            return "-"
+        value, error = metric
+        return f"{value:.3f}" if error is None else f"{value:.3f} ±{error:.3f}"
+
+    return aligned([["", *columns]] + [[label, *(cell(metrics.get(name)) for name in columns)]
+                                       for label, metrics in summaries.items()])
+
+
+def difference_table(rows: list[str], differences: dict[str, dict[str, tuple]]) -> str:
+    """A line a metric, a column a model."""
+
+    def cell(found: tuple | None) -> str:
+        if found is None:
+            return "-"
+        value, low, high = found
+        return f"{value:+.3f} [{low:+.3f}, {high:+.3f}] {'*' if low > 0 or high < 0 else ' '}"
+
+    lines = [[row, *(cell(own.get(row)) for own in differences.values())] for row in rows]
+    return aligned([["", *differences], *lines])
 
 
 def picture(path: Path, draw) -> str:
-    """Saves the figure that `draw(pyplot)` makes; returns the line to print, also where there is no matplotlib."""
+    """Saves the figure that `draw(pyplot)` makes; returns the line to print, without matplotlib how to get it."""
     try:
         import matplotlib
     except ImportError:
@@ -24,23 +57,29 @@ def picture(path: Path, draw) -> str:
 def pass_at_k(plot, report: dict):
     """Pass@k over log2 k with bands of 1.96 standard errors, a line a model, a panel a problem file (paper's Figure 3).
 
-    report: {file: {model: {figure: (value, standard error)}}}.
+    report: {file: {model: {metric: (value, standard error)}}}.
     """
     figure, axes = plot.subplots(1, len(report), figsize=(5.2 * len(report), 4), squeeze=False, layout="constrained")
     for axis, (file, models) in zip(axes[0], report.items()):
-        for model, figures in models.items():
-            ks = [int(name[5:]) for name in figures if name.startswith("pass@")]
-            values = [figures[f"pass@{k}"][0] for k in ks]
-            errors = [1.96 * (figures[f"pass@{k}"][1] or 0) for k in ks]
-            (line,) = axis.plot(ks, values, marker="o", markersize=3, label=model)
+        for model, metrics in models.items():
+            ks = [int(name[5:]) for name in metrics if name.startswith("pass@")]
+            values = [metrics[f"pass@{k}"][0] for k in ks]
+            errors = [1.96 * (metrics[f"pass@{k}"][1] or 0) for k in ks]
+            (line,) = axis.plot(ks, values, marker="o", markersize=3, label=short_name(model))
             low, high = ([v + sign * e for v, e in zip(values, errors)] for sign in (-1, 1))
             axis.fill_between(ks, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter("{x:.0f}")
-        axis.set(xlabel="k", ylabel="Pass@k", title=file)
+        axis.set(xlabel="k", ylabel="Pass@k", title="held-out Countdown" if file == "auto" else file)
         axis.grid(alpha=0.3)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", fontsize=8)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     return figure
+
+
+def short_name(model: str) -> str:
+    """A run's name for the model in its folder."""
+    parts = Path(model).parts
+    return parts[-2] if len(parts) > 1 and parts[-1] == "model" else model
 
 
 CURVES = {  # title: the keys of metrics.jsonl that hold it, the first found is drawn

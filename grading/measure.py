@@ -1,7 +1,7 @@
 r"""How good the graders of mathematics are, on files.
 
-    python grading.py vectors.jsonl          # rows {"pred", "gold", "equal"}: verdicts against truth, grader by grader
-    python grading.py math/train.jsonl       # problems: each gold against itself, in a \boxed{}, and perturbed
+    python -m grading.measure vectors.jsonl      # rows {"pred", "gold", "equal"}: verdicts against truth, by grader
+    python -m grading.measure math/train.jsonl   # problems: each gold against itself, in a \boxed{}, and perturbed
 
 Where a row's "kind" is boxed_response or text_response, pred is a whole text with the answer in its last \boxed{}.
 """
@@ -15,14 +15,16 @@ from collections import Counter
 
 from tqdm import tqdm
 
-import config as configs
-import data
-from evaluate import aligned
-from rewards import GRADERS, extract_answer, is_equal
+from grading import GRADERS, extract_answer, gold_answer, is_equal
+from support.config import UserError, one_line_errors, require
+from support.files import read_text
+from support.plots import aligned
+
+PAIR = {"pred": str, "gold": str, "equal": bool, "kind": str}
 
 
 def verdict(grader: str, row: dict) -> bool:
-    answer = row["pred"] if row.get("kind", "answer") == "answer" else extract_answer(row["pred"])
+    answer = row["pred"] if row["kind"] == "answer" else extract_answer(row["pred"])
     return answer is not None and GRADERS[grader](answer, row["gold"])
 
 
@@ -34,11 +36,11 @@ def compare(rows: list[dict]) -> None:
         started = time.perf_counter()
         verdicts[grader] = [verdict(grader, row) for row in tqdm(rows, desc=grader, unit="pair", leave=False)]
         seconds[grader] = time.perf_counter() - started
-    kinds = list(dict.fromkeys(row.get("kind", "answer") for row in rows))
+    kinds = list(dict.fromkeys(row["kind"] for row in rows))
     columns = [f"{grader} {what}" for grader in graders for what in ("right", "false positives")]
     table = [["kind", "pairs", *columns, "they agree"]]
     for kind in kinds:
-        chosen = [i for i, row in enumerate(rows) if row.get("kind", "answer") == kind]
+        chosen = [i for i, row in enumerate(rows) if row["kind"] == kind]
         line = [kind, str(len(chosen))]
         for grader in graders:
             right = sum(verdicts[grader][i] == rows[i]["equal"] for i in chosen)
@@ -49,7 +51,7 @@ def compare(rows: list[dict]) -> None:
     print(aligned(table))
     print("; ".join(f"{grader}: {seconds[grader] / len(rows) * 1000:.2f} ms a pair" for grader in graders))
     for row, found in zip(rows, verdicts["exact"]):
-        if found != row["equal"] and row.get("kind") != "text_response":
+        if found != row["equal"] and row["kind"] != "text_response":
             print(f"exact says {found}: {row['pred'][-60:]!r} against {row['gold']!r}")
 
 
@@ -66,28 +68,65 @@ def sweep(file: str, golds: list[str]) -> None:
     count, accepted, started = Counter(), [], time.perf_counter()
     for gold in tqdm(golds, desc=file, unit="gold", leave=False):
         count["equal to itself"] += is_equal(gold, gold)
-        count["boxed"] += data.is_correct({"answer": gold}, rf"so it is \boxed{{{gold}}}.", "exact")
+        boxed = extract_answer(rf"so it is \boxed{{{gold}}}.")
+        count["boxed"] += boxed is not None and is_equal(boxed, gold)
         others = perturbed(gold)
         count["perturbed"] += len(others)
         accepted += [(other, gold) for other in others if is_equal(other, gold)]
     print(f"{file}: {len(golds)} golds, {count['equal to itself']} equal to themselves, {count['boxed']} correct in a "
           f"box; {len(accepted)} of {count['perturbed']} perturbed ones accepted; "
-          f"{time.perf_counter() - started:.1f} s")  # fmt: skip
+          f"{time.perf_counter() - started:.1f} s")
     for other, gold in accepted[:5]:
         print(f"  accepted: {other!r} against {gold!r}")
 
 
+def read_rows(file: str) -> tuple[bool, list]:
+    """Whether the first row of a file is a pair, and all its rows: pairs, or each problem's gold, "" if it has none."""
+    are_pairs, rows = False, []
+    for number, line in enumerate(read_text(file).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        require(isinstance(row, dict), f"{file}, line {number} is no JSON object: give one a line")
+        are_pairs = are_pairs if rows else row.keys() >= {"pred", "gold", "equal"}
+        try:
+            rows.append(checked(row) if are_pairs else gold_of(row))
+        except ValueError as error:
+            raise UserError(f"{file}, line {number}: {error}") from None
+    return are_pairs, rows
+
+
+def checked(row: dict) -> dict:
+    """A pair with its kind; ValueError if a field is missing or of another type."""
+    row = {"kind": "answer"} | row
+    for field, kind in PAIR.items():
+        if type(row.get(field)) is not kind:
+            raise ValueError(f'"{field}" must be {"text" if kind is str else "true or false"}')
+    return row
+
+
+def gold_of(row: dict) -> str:
+    row = {key.lower(): value for key, value in row.items()}
+    return gold_answer(row.get("answer"), "answer") or gold_answer(row.get("solution"), "solution")
+
+
 def main(files: list[str]) -> None:
-    configs.require(bool(files), "give JSONL files, as in `python grading.py vectors.jsonl math/train.jsonl`")
+    require(bool(files), "give JSONL files, as in `python -m grading.measure vectors.jsonl math/train.jsonl`")
     for file in files:
-        lines = data.read_text(file).split("\n")
-        first = json.loads(lines[0]) if lines and lines[0].startswith("{") else {}
-        if {"pred", "gold", "equal"} <= first.keys():
-            compare([json.loads(line) for line in lines if line.strip()])
+        are_pairs, rows = read_rows(file)
+        if are_pairs:
+            compare(rows)
         else:
-            sweep(file, [problem["answer"] for problem in data.read_jsonl(file)[0]])
+            golds = [gold for gold in rows if gold]
+            require(bool(golds), f"{file} holds neither pairs nor a gold answer: give one in answer or solution")
+            sweep(file, golds)
+            if len(golds) < len(rows):
+                print(f"  {len(rows) - len(golds)} rows without a gold answer are left out")
 
 
 if __name__ == "__main__":
-    with configs.one_line_errors():
+    with one_line_errors():
         main(sys.argv[1:])

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import resource
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -85,3 +86,10 @@ def total(x: Tensor) -> Tensor:
         x = x.clone()
         dist.all_reduce(x)
     return x
+
+
+def peak_memory(world: World) -> float:
+    """Peak memory so far in GB: of the device, or of the process."""
+    if world.device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

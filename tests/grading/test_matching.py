@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import latex
-import rewards
-import verify
-from rewards import answer_key, extract_answer, is_equal
+from grading import answer_key, extract_answer, is_equal
+from grading.expressions import Expression
+from grading.latex import normalise, units_differ
+from grading.values import Budget, NoValue
 
 SAME = [
     # numbers
@@ -73,7 +73,7 @@ SAME = [
     (r"\{x\}", "x"), ("18 eggs", "18"), ("$18 per day", "18"),
     # what is compared as text
     ("3:5", "3 : 5"), (r"1011_2", "1011_{2}"), (r"8\!:\!30 \text{ p.m.}", r"8:30\text{ p.m.}"), ("f'", "f'"),
-]  # fmt: skip
+]
 
 DIFFERENT = [
     ("5", "5.001"), ("120006", "120000"), ("0.333", "1/3"), ("3", "-3"), (r"\frac{3}{4}", r"\frac{4}{3}"), ("", "5"),
@@ -104,7 +104,7 @@ DIFFERENT = [
     (r"(A\cup B)", "(A,B)"), ("2, 1", "x=1, y=2"), (r"\sqrt{-i}", r"i\sqrt{i}"), ("x<w<z", "x<y<z"), ("2 xyz", "2"),
     ("12 m", "12 mm"), (r"x>\pi", "x>3"), ("1 2", "12"), (r"7 \text{ hours}", r"7 \text{ days}"),
     (r"80\text{ cents}", "80 dollars"), ("15 cm", r"15 \text{ feet}"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("one, other", SAME)
@@ -124,10 +124,10 @@ def rendered(rng: random.Random, depth: int) -> tuple[str, Fraction]:
         style, n, d = rng.randrange(5), rng.randint(0, 40), rng.randint(1, 12)
         return [(str(n), Fraction(n)), (rf"\frac{{{n}}}{{{d}}}", Fraction(n, d)), (f"{n}/{d}", Fraction(n, d)),
                 (f"{n}.{d:02d}", n + Fraction(d, 100)),
-                (rf"{n}\tfrac{{1}}{{{d + 1}}}", n + Fraction(1, d + 1))][style]  # fmt: skip
+                (rf"{n}\tfrac{{1}}{{{d + 1}}}", n + Fraction(1, d + 1))][style]
     (a, x), (b, y) = rendered(rng, depth - 1), rendered(rng, rng.randrange(depth))
     operations = [(f"({a})+({b})", x + y), (rf"\left({a}\right)-{{{b}}}", x - y), (rf"({a})\cdot({b})", x * y),
-                  (f"({a})({b})", x * y), (f"-({a})", -x), (f"({a})^2", x * x)]  # fmt: skip
+                  (f"({a})({b})", x * y), (f"-({a})", -x), (f"({a})^2", x * x)]
     if y:
         operations += [(rf"\dfrac{{{a}}}{{{b}}}", x / y), (rf"({a}) \div ({b})", x / y), (f"({b})^{{-1}}", 1 / y)]
     return rng.choice(operations)
@@ -144,7 +144,7 @@ def test_rational_arithmetic_against_fractions():
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.tuples(st.integers(-9, 9), st.integers(1, 60)), min_size=1, max_size=4),
-       st.lists(st.tuples(st.integers(-9, 9), st.integers(1, 60)), min_size=1, max_size=4))  # fmt: skip
+       st.lists(st.tuples(st.integers(-9, 9), st.integers(1, 60)), min_size=1, max_size=4))
 def test_sums_of_roots_against_forty_digits(one, other):
     """Two sums of roots are equal exactly if they agree to forty digits: nothing in between occurs at this size."""
 
@@ -178,23 +178,11 @@ def test_polynomials_against_their_values_at_points():
         assert not is_equal(text, expanded + "+x")
 
 
-def test_extract_answer():
-    cases = {
-        r"\boxed{1} and \boxed{2}": "2", r"\boxed{\frac{1}{2}}": r"\frac{1}{2}", r"\boxed {7}": "7", "no answer": None,
-        r"\boxed{3": None, r"\boxed{1} then \boxed{2": "1", r"\boxed{\boxed{5}}": "5", r"} \boxed{a}": "a",
-        r"{ \boxed{5}": "5", r"\boxed{}": "", r"\boxed{\{1,2\}}": r"\{1,2\}",
-        r"\boxed{\left\{1\right.}": r"\left\{1\right.",
-        r"\\boxed{3}": None, r"\boxed{1}}": "1", "\\boxed{a\nb}": "a\nb",
-    }  # fmt: skip
-    for text, answer in cases.items():
-        assert extract_answer(text) == answer, text
-
-
 def test_answers_that_share_a_key_are_equal():
     texts = [text for pair in SAME + DIFFERENT for text in pair]
     keys = [answer_key(text) for text in texts]
     for (one, key), (other, another) in itertools.combinations(zip(texts, keys), 2):
-        if key == another and one and other and not latex.units_differ(*map(latex.normalise, (one, other))):
+        if key == another and one and other and not units_differ(*map(normalise, (one, other))):
             assert is_equal(one, other), (one, other)
     assert answer_key("1/2") == answer_key(r"\frac{2}{4}") != answer_key("2")
     assert answer_key("2, 1") == answer_key(r"1 \text{ and } 2")
@@ -223,7 +211,7 @@ def hostile(n: int) -> dict[str, str]:
         "odd characters": "\0²\ud800" * (n // 3),
         "words": "1 " + "aaaa " * (n // 5) + "!", "thousands": "1,234" + ",567" * (n // 4),
         "noise": "".join(rng.choice(pieces) for _ in range(n // 2)),
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("size", [60, 450, 900, 100_000])
@@ -243,23 +231,6 @@ def test_hostile_texts_are_bounded_and_raise_nothing(size):
             assert min(seconds) < 0.05, (name, size, seconds)
 
 
-def test_math_verify_agrees_where_it_should_and_cannot_hang(monkeypatch):
-    for one, other in (("1/2", "0.5"), (r"\sqrt{12}", r"2\sqrt{3}"), ("x+1", "1+x"), ("7", "7")):
-        assert rewards.GRADERS["math_verify"](one, other)
-    assert not verify.math_verify("3", "4") and not verify.math_verify("", "4") and not verify.math_verify("", "")
-    child = verify._child
-    monkeypatch.setattr(verify, "LIMIT", 0.5)
-    started = time.monotonic()
-    assert not verify.math_verify("9^{9^{9^{9^{9}}}}", "5")
-    assert time.monotonic() - started < 20 and child.poll() is not None  # killed
-    monkeypatch.setattr(verify, "LIMIT", 20.0)
-    assert verify.math_verify("0.25", "1/4") and verify._child is not child  # and another one started
-    verify._child.kill()
-    verify._child.wait()
-    assert verify.math_verify("0.25", "1/4")  # also where it died by itself
-    verify.stop()
-
-
 def test_budget_ends_work():
-    with pytest.raises(latex.NoValue, match="too much work"):
-        latex.Expression("(a+b+c+d+e+f+g+h)^{60}", latex.Budget()).value()
+    with pytest.raises(NoValue, match="too much work"):
+        Expression("(a+b+c+d+e+f+g+h)^{60}", Budget()).value()

@@ -1,0 +1,9 @@
+"""Mathematics: where a text holds its final answer, and whether two answers are the same."""
+
+from grading import math_verify
+from grading.answers import extract_answer, gold_answer
+from grading.matching import answer_key, is_equal
+
+__all__ = ["GRADERS", "answer_key", "extract_answer", "gold_answer", "is_equal"]
+
+GRADERS = {"exact": is_equal, "math_verify": math_verify.is_equal}  # each: (answer, gold) -> bool
