@@ -117,6 +117,30 @@ def test_killed_and_resumed_is_the_unbroken_run(in_tmp, monkeypatch, killed_in):
         assert torch.equal(weight, weights_of("broken")[name])
 
 
+def test_the_schedule_the_samples_and_the_base_reach_the_run(in_tmp, monkeypatch):
+    """Each update takes the rate of its step; evaluations in between are smaller; the table compares with the base."""
+    rates, sizes, update, evaluate = [], [], steps.update, train.evaluate.evaluate
+
+    def spy(loss, optimizer, *arguments, **named):
+        rates.append(optimizer.param_groups[0]["lr"])
+        return update(loss, optimizer, *arguments, **named)
+
+    def count(*arguments, samples, title):
+        sizes.append(samples)
+        return evaluate(*arguments, samples=samples, title=title)
+
+    monkeypatch.setattr(steps, "update", spy)
+    monkeypatch.setattr(train.evaluate, "evaluate", count)
+    train.main(configs.training_keys([*SMALL, "name=spied"]))
+    config = config_of(*SMALL)
+    assert rates == [train.learning_rate(step, config) for step in range(4)] and len(set(rates)) == 4
+    assert sizes == [4, 2, 4]  # before, in between, after
+    table = json.loads(Path("runs/spied/evaluation.json").read_text())
+    assert table["base"]["d_collapse"][0] == pytest.approx(0, abs=1e-9) and table["base"] != table["trained"]
+    base = train.evaluate.Evaluation.load("runs/spied/base_evaluation.npz")
+    assert table["base"]["entropy"][0] == pytest.approx(base.entropy.mean(), rel=1e-5)
+
+
 def test_resume_before_the_first_save_starts_anew(in_tmp, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(train.evaluate, "evaluate", lambda *args, **kw: 1 / 0)

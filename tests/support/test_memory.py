@@ -43,6 +43,13 @@ def test_a_dry_run_needs_no_weights_and_writes_nothing(in_tmp, monkeypatch, caps
     assert sorted(in_tmp.rglob("*")) == before
 
 
+def test_zero_shards_the_moments():
+    shape, words = LlamaConfig(num_hidden_layers=2), {"prompt": 20, "reference": True, "all_selected": False}
+    whole, sharded = (memory.estimate(shape, 10**6, config_of(f"optimizer.zero={zero}"), ranks=4, **words)
+                      for zero in ("false", "true"))
+    assert whole["optimizer"] == 8e6 and sharded["optimizer"] == 2e6
+
+
 def test_a_dry_run_of_the_toy(in_tmp, capsys):
     train.main(configs.training_keys(["dry_run=true"]))
     printed = capsys.readouterr().out
