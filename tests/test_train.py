@@ -185,6 +185,7 @@ def real_runs(tmp_path_factory):
     return cwd
 
 
+@pytest.mark.xdist_group("real runs")  # one process: they share them
 def test_a_real_run_writes_everything(real_runs):
     folder = real_runs / "runs" / "alone"
     assert {path.name for path in folder.iterdir()} == {
@@ -214,6 +215,7 @@ def test_a_real_run_writes_everything(real_runs):
         assert word in printed
 
 
+@pytest.mark.xdist_group("real runs")  # one process: they share them
 def test_two_ranks_train_like_one(real_runs):
     """The same draws, selection and losses, step for step, whatever the number of ranks; and the same weights."""
     alone, ranks = (read(real_runs / "runs" / name / "metrics.jsonl") for name in ("alone", "ranks"))
@@ -237,6 +239,7 @@ def test_benchmark_prints_a_ratio(in_tmp, capsys):
         benchmark.main(configs.training_keys([*SMALL, "objective=ppo"]))
 
 
+@pytest.mark.xdist_group("real runs")  # one process: they share them
 def test_evaluate_command_on_a_trained_model(real_runs):
     arguments = ["model=runs/alone/model", "samples=8", "problems=3", "max_new_tokens=12"]
     result = subprocess.run([sys.executable, ROOT / "evaluate.py", *arguments], cwd=real_runs, capture_output=True,
