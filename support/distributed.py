@@ -1,6 +1,7 @@
 """Ranks: the same code for `python train.py` and for any number of processes under torchrun."""
 
 import gc
+import importlib
 import os
 import resource
 from contextlib import nullcontext
@@ -35,6 +36,9 @@ def setup() -> World:
     """Joins the process group if torchrun started us: nccl on CUDA, gloo on CPU."""
     if "RANK" not in os.environ:
         return World(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    # Some defaults in these modules keep the group that exists when they are imported; so before there is one.
+    importlib.import_module("torch.distributed.nn")
+    importlib.import_module("torch.distributed.optim")
     local_rank = int(os.environ["LOCAL_RANK"])
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
@@ -50,8 +54,8 @@ def setup() -> World:
 
 
 def shutdown() -> None:
-    """Leaves the process group. DDP and ZeroRedundancyOptimizer hold it in reference cycles: while any of them is
-    alive, destroying the group aborts the process at exit now and then, so they are collected first."""
+    """Leaves the process group. DDP and ZeroRedundancyOptimizer hold it in reference cycles, so they are collected
+    first: a group that is still held keeps its threads, and a thread of gloo that meets the end of Python aborts it."""
     if dist.is_initialized():
         gc.collect()
         dist.destroy_process_group()

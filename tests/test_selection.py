@@ -147,6 +147,15 @@ def test_entropy_change_is_the_slope_of_the_entropy():
         assert score.item() == pytest.approx(max(-slope, 0), rel=1e-5, abs=1e-9)
 
 
+def test_k3_stays_finite_where_the_policy_has_ruled_a_token_out():
+    """d is cut at 10: e^10 - 11, and no gradient beyond, also where e^d is no number."""
+    logp = torch.tensor([-9.0, -90.0, -9000.0], requires_grad=True)
+    value = scope.k3(logp, torch.tensor([-1.0, -1.0, -1.0]))
+    value.sum().backward()
+    assert value.tolist() == pytest.approx([math.exp(8) - 9, math.exp(10) - 11, math.exp(10) - 11], rel=1e-6)
+    assert logp.grad.tolist() == pytest.approx([1 - math.exp(8), 0, 0], rel=1e-6)
+
+
 def test_k3_expectations():
     """By enumeration over y ~ pi: mean k3 = KL(pi || ref); mean gradient of k3 = gradient of KL(ref || pi), of k1 = 0,
     of k2 = gradient of KL(pi || ref)."""

@@ -128,6 +128,16 @@ def test_every_number_is_one_token_for_whoever_loads_the_folder(folder, loader):
                                                   skip_special_tokens=True), [3, 5, 7, 2], 24)
 
 
+def test_warm_start_learns_the_chain_and_its_end_not_the_prompt(monkeypatch):
+    """The targets of its loss, in order, are the answers' tokens."""
+    losses, own = [], torch.nn.functional.cross_entropy
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", lambda x, y: losses.append(y.tolist()) or own(x, y))
+    _, tokenizer = toy.warm_start(prompt=PROMPT, countdown=COUNTDOWN, **SMALL)
+    pairs = toy.chains(SMALL["batch"], random.Random(SMALL["seed"]), prompt=PROMPT, countdown=COUNTDOWN)
+    answers = [tokenizer(f"{chain} {tokenizer.eos_token}").input_ids for _, chain in pairs]
+    assert losses[0] == [token for answer in answers for token in answer] and len(losses) == SMALL["updates"]
+
+
 def test_the_folder_is_an_ordinary_one(folder):
     model, tokenizer = models.load(str(folder))
     other = AutoModelForCausalLM.from_pretrained(folder)
