@@ -1,10 +1,14 @@
 """Shared fixtures. Everything runs on CPU, offline."""
 
+import os
+
 import pytest
 import torch
 from helpers import VOCABULARY, tiny_model
 
-torch.set_num_threads(1)  # the tensors are tiny: more threads only wait for each other
+# The tensors are tiny: more threads only wait for each other. Here, and in the processes that tests start.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture
