@@ -13,7 +13,7 @@ import zlib
 from grading import GRADERS, answer_key, extract_answer, gold_answer
 from rewards import solves_countdown
 from support import models
-from support.config import UserError, print_notes, require
+from support.config import UserError, listed, print_notes, require
 from support.files import read_text
 
 
@@ -217,15 +217,17 @@ def without_answer(file: str, lines: list[int]) -> list[str]:
     return [f"{len(lines)} rows of {file} have no usable gold answer and are left out: line {named}"] if lines else []
 
 
-def problem_sets(config) -> tuple[list[dict], list[dict], list[str]]:
-    """What a run trains on, what it evaluates on, which never overlap, and a note on every row that was left out.
+def problem_sets(config) -> tuple[list[dict], dict[str, list[dict]], list[str]]:
+    """What a run trains on, what it evaluates on by file, which never overlap, and a note on rows that were left out.
 
     evaluation.data=auto: for a file of mathematics its data.validation share, else Countdown problems
     from the held-out side of the split.
     """
-    file, auto, heldout, notes = config.data.file, config.evaluation.data == "auto", [], []
-    if not auto:
-        heldout, notes = evaluation_problems(config, config.evaluation.data)
+    file, notes = config.data.file, []
+    files = {name: [] for name in listed(config.evaluation.data)}
+    for name in files.keys() - {"auto"}:
+        files[name], more = evaluation_problems(config, name)
+        notes += more
     if file == "countdown":
         problems = countdown(config.countdown_problems, heldout=False, **vars(config.countdown))
     else:
@@ -235,22 +237,22 @@ def problem_sets(config) -> tuple[list[dict], list[dict], list[str]]:
         notes += note_on(out, problems, file, f"do not fit data.filter={config.data.filter}")
         require(bool(problems), f"data.filter={config.data.filter} leaves no problem of {file}: its levels are "
                                 f"{values_of(out, 'level')}, its subjects {values_of(out, 'subject')}")
-        if not auto:
-            seen = {identity(problem) for problem in heldout}
-            problems, out = partition(problems, lambda problem: identity(problem) not in seen)
-            notes += note_on(out, problems, file, "are in evaluation.data too")
-        elif "numbers" in problems[0]:
+        seen = {identity(problem) for own in files.values() for problem in own}
+        problems, out = partition(problems, lambda problem: identity(problem) not in seen)
+        notes += note_on(out, problems, file, "are in evaluation.data too")
+        if "auto" in files and "numbers" in problems[0]:
             problems, out = partition(problems, lambda problem: not is_heldout(**problem))
             notes += note_on(out, problems, file, "are on the side that evaluation.data=auto is drawn from")
-        else:
-            problems, heldout = partition(problems, lambda problem: not is_validation(problem, config.data.validation))
+        elif "auto" in files:
+            problems, files["auto"] = partition(problems,
+                                                lambda problem: not is_validation(problem, config.data.validation))
             reason = f"are the share data.validation={config.data.validation}, kept for evaluation.data=auto"
-            notes += note_on(heldout, problems, file, reason)
-            require(bool(heldout), f"data.validation={config.data.validation} of {file} is no problem at all: "
-                                   "raise it, or give evaluation.data=FILE")
-    if not heldout:
-        heldout = countdown(config.evaluation.problems, heldout=True, **vars(config.countdown))
-    return problems, heldout[: config.evaluation.problems], notes
+            notes += note_on(files["auto"], problems, file, reason)
+            require(bool(files["auto"]), f"data.validation={config.data.validation} of {file} is no problem at all: "
+                                         "raise it, or give evaluation.data=FILE")
+    if not files.get("auto", True):
+        files["auto"] = countdown(config.evaluation.problems, heldout=True, **vars(config.countdown))
+    return problems, {name: own[: config.evaluation.problems] for name, own in files.items()}, notes
 
 
 def identity(problem: dict) -> str:

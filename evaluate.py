@@ -18,6 +18,7 @@ if __name__ == "__main__":  # before torch is imported: a typo is reported at on
         KEYS = configs.evaluation_keys(sys.argv[1:])
 
 import json
+import os
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,8 +109,11 @@ class Evaluation:
     stopped: np.ndarray  # [P, n] bool, False: truncated
     entropy: np.ndarray  # [tokens] float32
 
-    def save(self, path) -> None:
-        np.savez_compressed(path, **vars(self))
+    def save(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(f".{os.getpid()}.npz")  # several runs may write one file
+        np.savez_compressed(unfinished, **vars(self))
+        unfinished.rename(path)
 
     @classmethod
     def load(cls, path) -> "Evaluation":
@@ -124,9 +128,8 @@ class Evaluation:
 
     def metrics(self, ks, base: "Evaluation | None" = None, fixed_text: np.ndarray | None = None) -> dict:
         """Every metric, in the table's order. fixed_text: this model's token entropies on the base's completions."""
-        problems, samples = self.correct.shape
-        one = np.ones(problems)
-        accurate, tokens = self.correct[:, :16], self.lengths.sum(axis=1).astype(float)
+        (problems, samples), accurate = self.correct.shape, self.correct[:, :16]
+        one, tokens = np.ones(problems), self.lengths.sum(axis=1).astype(float)
         metrics = {f"acc@{accurate.shape[1]}": Estimate(accurate.mean(axis=1), one)}
         for k in ks:
             metrics[f"pass@{k}"] = Estimate(pass_at_k(samples, self.correct.sum(axis=1), k), one)
@@ -159,12 +162,12 @@ class Evaluation:
 # ---------------------------------------------------------------- sampling
 
 
-def sample_and_grade(model, tokenizer, problems, prompts, rows, world, config, *, samples: int, progress=None):
+def sample_and_grade(model, tokenizer, problems, prompts, rows, world, config, *, samples, seed, progress):
     """Rows (problem * samples + sample) drawn and graded: the rollout, correct [len(rows)] bool, and the texts."""
     with world.autocast():
         sampled = rollout.sample(
             model, [prompts[row // samples] for row in rows], list(rows), stop=models.stop_ids(model, tokenizer),
-            max_new_tokens=config.max_new_tokens, temperature=config.temperature, seed=config.seed, step=STEP,
+            max_new_tokens=config.max_new_tokens, temperature=config.temperature, seed=seed, step=STEP,
             batch_size=config.rollout.batch_size, segment=config.rollout.segment, progress=progress)
     asked = [problems[row // samples] for row in rows]
     return sampled, *steps.grade(tokenizer, asked, sampled, config.reward.grader)
@@ -176,7 +179,7 @@ def evaluate(model, tokenizer, problems, world, config, *, samples: int, title: 
     rows = world.share(len(problems) * samples)
     with tqdm(total=len(rows), desc=title, unit="sample", leave=False, disable=not world.is_main) as bar:
         sampled, correct, texts = sample_and_grade(model, tokenizer, problems, prompts, rows, world, config,
-                                                   samples=samples, progress=bar.update)
+                                                   samples=samples, seed=config.evaluation.seed, progress=bar.update)
     answers = [data.answer_of(problems[row // samples], text) for row, text in zip(rows, texts)]
     names = torch.tensor([zlib.crc32(answer.encode()) for answer in answers], device=world.device)
     columns = [correct.long(), names, sampled.lengths, sampled.stopped.long()]
@@ -209,7 +212,7 @@ def complete(folder: Path, settings: dict, model, tokenizer, problems, world, co
                 bar.update(len(chunks[i]))
                 continue
             sampled, correct, texts = sample_and_grade(model, tokenizer, problems, prompts, chunks[i], world, config,
-                                                       samples=config.samples, progress=bar.update)
+                                                       samples=config.samples, seed=config.seed, progress=bar.update)
             replace_text(part, completion_lines(chunks[i], sampled, texts, correct, config.samples))
     distributed.barrier()
     if world.is_main:
@@ -224,8 +227,7 @@ def complete(folder: Path, settings: dict, model, tokenizer, problems, world, co
 def completion_lines(rows, sampled, texts, correct, samples: int) -> str:
     """One JSON object a completion; token ids and entropies (to 1e-5 nats) are what d_collapse is made of."""
     lines = []
-    for i, row in enumerate(rows):
-        mask = sampled.mask[i]
+    for i, (row, mask) in enumerate(zip(rows, sampled.mask)):
         entropies = [round(h, 5) for h in sampled.entropy[i][mask].tolist()]
         lines.append(json.dumps({
             "problem": row // samples, "sample": row % samples, "text": texts[i], "correct": bool(correct[i]),
@@ -273,9 +275,7 @@ def describe(evaluation: Evaluation, largest_k: int) -> str:
     """What a table's numbers mean, n and k included."""
     problems, samples = evaluation.correct.shape
     text = f"{problems} held-out problems x {samples} samples; ± is the standard error over problems"
-    if largest_k == samples:
-        text += f"; Pass@{samples} (k = n) is simply the share of problems solved at least once"
-    return text
+    return text + f"; Pass@{samples} (k = n) is the share of problems solved at least once" * (largest_k == samples)
 
 
 def main(keys: dict) -> None:

@@ -40,6 +40,33 @@ def entropy_change_score(logprobs: Tensor, entropy: Tensor, advantages: Tensor, 
     return (advantages * (logprobs.exp() * (logprobs + entropy) - collision)).clamp(min=0)
 
 
+def sibling_gap(tokens: Tensor, mask: Tensor, advantages: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """alpha - beta, estimated from the group: what R = (1 - 2p) p (1 - p) (alpha - beta) lacks (Eq. 9, A.12).
+
+    The siblings of a token are the completions of its problem, its own included, that agree with its own up to it.
+    alpha is the mean [A]+ of those that go on with the same token, beta of those that go on with another one. Returns
+    the gap [B, C], 0 where nobody goes another way, and where somebody does [B, C] bool. tokens, mask [B, C], A [B].
+    """
+    tokens, mask = (x.view(-1, group_size, x.shape[1]) for x in (tokens, mask))
+    both = mask[:, :, None] & mask[:, None]  # [problems, G, G, C]
+    same = (tokens[:, :, None] == tokens[:, None]) & both
+    before = torch.cat([torch.ones_like(same[..., :1]), same[..., :-1]], dim=-1).long().cumprod(dim=-1).bool()
+    positive = advantages.clamp(min=0).view(-1, 1, group_size, 1)
+
+    def mean_over(siblings):
+        return (positive * siblings).sum(dim=2) / siblings.sum(dim=2).clamp(min=1)
+
+    together, apart = before & same, before & both & ~same
+    branching = apart.any(dim=2)
+    gap = (mean_over(together) - mean_over(apart)) * branching
+    return gap.flatten(0, 1), branching.flatten(0, 1)
+
+
+def recovered_score(probs: Tensor, advantages: Tensor, gap: Tensor) -> Tensor:
+    """(L + R) / 2 with the residual estimated: p (1 - p) ([A]+ + (1 - 2p) gap / 2), and no less than 0.  All [N]"""
+    return (redistribution_score(probs, advantages) + probs * (1 - probs) * (1 - 2 * probs) * gap / 2).clamp(min=0)
+
+
 def select_tokens(
     strategy: str,
     *,
@@ -50,13 +77,15 @@ def select_tokens(
     seed: int,
     forking_fraction: float = 0.2,
     collision: Tensor | None = None,
+    gap: Tensor | None = None,
 ) -> Tensor:
     """Which of the step's N valid tokens pay the KL penalty.  [N], [N], [N] -> bool [N]
 
     The budget is K = round(fraction * N). Each strategy gives its tokens a priority and a candidate set;
     the K candidates of highest priority are taken, or all of them if there are fewer. Ties, and with them
     the strategies whose priority is constant, go at random by `seed`; the same arguments give the same mask.
-    Forking tokens are the `forking_fraction` of highest entropy; `collision` is for `entropy_change` only.
+    Forking tokens are the `forking_fraction` of highest entropy; `collision` is for `entropy_change` only, `gap`
+    for `residual`.
 
     One departure from Eq. 13: `s >= quantile` selects *every* token when fewer than q of them have s > 0
     (the quantile is then 0). Here only s > 0 can be selected, and the count is K exactly.
@@ -68,16 +97,18 @@ def select_tokens(
     if not logprobs.shape == entropy.shape == advantages.shape or logprobs.ndim != 1:
         raise ValueError(f"need flat vectors of one length, got logprobs {tuple(logprobs.shape)}, "
                          f"entropy {tuple(entropy.shape)}, advantages {tuple(advantages.shape)}")
-    rank, share, needs_collision = STRATEGIES[strategy]
+    rank, share, needs_collision, needs_siblings = STRATEGIES[strategy]
     if needs_collision and collision is None:
         raise ValueError(f"{strategy} needs collision, sum_v pi(v)^2 (log pi(v) + H) at each token")
+    if needs_siblings and gap is None:
+        raise ValueError(f"{strategy} needs gap, alpha - beta at each token: see sibling_gap")
     logprobs, entropy, advantages = logprobs.detach(), entropy.detach(), advantages.detach()
     n = logprobs.numel()
     # One random order of the tokens; stable sorts keep it among equals. On CPU: one stream for all devices.
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).to(logprobs.device)
     everyone = torch.ones_like(logprobs, dtype=torch.bool)
     forking = top_k(entropy, everyone, round(forking_fraction * n), order)
-    priority, candidates = rank(StepTokens(logprobs, entropy, advantages, collision, forking))
+    priority, candidates = rank(StepTokens(logprobs, entropy, advantages, collision, gap, forking))
     return top_k(priority, candidates, round((fraction if share is None else share) * n), order)
 
 
@@ -111,6 +142,7 @@ class StepTokens(NamedTuple):
     entropy: Tensor
     advantages: Tensor
     collision: Tensor | None
+    gap: Tensor | None
     forking: Tensor  # bool, the tokens of highest entropy
 
 
@@ -120,6 +152,7 @@ class Strategy(NamedTuple):
     rank: Callable[[StepTokens], tuple[Tensor, Tensor]]  # -> priority [N], candidates bool [N]
     share: float | None = None  # of all tokens, where the budget is not selection.fraction
     needs_collision: bool = False  # the sampler has to record it: see entropy_change_score
+    needs_siblings: bool = False  # alpha - beta within the group: see sibling_gap
 
     @property
     def selects(self) -> bool:
@@ -137,7 +170,9 @@ STRATEGIES = {
     "covariance": Strategy(lambda t: (covariance_score(t.logprobs, t.advantages), torch.ones_like(t.forking))),
     "scope": Strategy(lambda t: largest_positive(redistribution_score(t.logprobs.exp(), t.advantages))),
     "all": Strategy(lambda t: at_random(torch.ones_like(t.forking)), share=1.0),
-    # Beyond the paper: the exact entropy change, and the score taken apart.
+    # Beyond the paper: the residual recovered, the exact entropy change, and the score taken apart.
+    "residual": Strategy(lambda t: largest_positive(recovered_score(t.logprobs.exp(), t.advantages, t.gap)),
+                         needs_siblings=True),
     "entropy_change": Strategy(
         lambda t: largest_positive(entropy_change_score(t.logprobs, t.entropy, t.advantages, t.collision)),
         needs_collision=True),

@@ -154,12 +154,14 @@ def select(current: Rollout, old_logprobs: Tensor, advantages: Tensor, config, s
     mask = current.mask
     columns = {"logprobs": current.logprobs, "entropy": current.entropy, "collision": current.collision,
                "advantages": advantages[:, None].expand_as(mask), "old_logprobs": old_logprobs}
-    own = torch.stack([column[mask] for column in columns.values()], dim=1)
+    if scope.STRATEGIES[config.selection.strategy].needs_siblings:  # groups are whole on a rank
+        columns["gap"], columns["branching"] = scope.sibling_gap(current.tokens, mask, advantages, config.group_size)
+    own = torch.stack([column[mask].float() for column in columns.values()], dim=1)
     counts = distributed.gather(torch.tensor([len(own)], device=own.device)).tolist()
     flat = dict(zip(columns, distributed.gather(own).unbind(dim=1)))
     flat["selected"] = scope.select_tokens(
         config.selection.strategy, fraction=config.selection.fraction, forking_fraction=config.forking_fraction,
-        seed=seed, **{name: flat[name] for name in ("logprobs", "entropy", "advantages", "collision")})
+        seed=seed, **{name: flat.get(name) for name in ("logprobs", "entropy", "advantages", "collision", "gap")})
     flat["marked"] = grpo.OBJECTIVES[config.objective].marks(flat, config, seed)
 
     def of_this_rank(chosen: Tensor) -> Tensor:
@@ -292,7 +294,8 @@ class MicroBatchLoss(torch.nn.Module):
                     lambda h, r: scope.kl_divergence(head(h), batch.reference_head(r), temperature=temperature),
                     hidden[selected], batch.reference_hidden[selected[batch.compared]])
             penalty = divergence.sum() / num_selected
-            loss = loss + config.selection.kl_coef * penalty
+            share = num_selected / num_tokens if config.selection.normaliser == "tokens" else 1.0
+            loss = loss + config.selection.kl_coef * share * penalty
 
         clipped = grpo.clipped(logprobs, old_logprobs, batch.advantages, **self.clip).sum() / num_tokens
         change = logprobs.detach() - batch.old_logprobs

@@ -40,11 +40,17 @@ def make_tokenizer(limit: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
 
 
-def chains(count: int, rng: random.Random, *, prompt: str, countdown: dict) -> list[tuple[str, str]]:
-    """`count` random problems as (prompt, chain), none of them held out for evaluation."""
+def chains(count: int, rng: random.Random, *, prompt: str, countdown: dict, also: str = "") -> list[tuple[str, str]]:
+    """`count` random problems as (prompt, chain), none of them held out for evaluation.
+
+    Of the kind that `countdown` says and, in equal parts, of those in `also`: "3x20,5x20" is 3 or 5 numbers up to 20.
+    """
+    kinds = [countdown]
+    for numbers, largest in (kind.split("x") for kind in also.split(",") if kind):
+        kinds.append(countdown | {"numbers": int(numbers), "largest": int(largest)})
     pairs = []
     while len(pairs) < count:
-        problem, chain = random_chain(rng, **countdown)
+        problem, chain = random_chain(rng, **rng.choice(kinds))
         if not is_heldout(**problem):
             pairs.append((fill(prompt, problem), chain))
     return pairs
@@ -65,7 +71,7 @@ def model_folder(model: str, config) -> str:
 def make_recipe(*, prompt: str, countdown: dict, toy: dict) -> str:
     """Everything that makes the base model what it is, as text; with samples of its data, so that a change
     to the problem generator is a change of the recipe too."""
-    examples = chains(3, random.Random(toy["seed"]), prompt=prompt, countdown=countdown)
+    examples = chains(5, random.Random(toy["seed"]), prompt=prompt, countdown=countdown, also=toy["also"])
     return json.dumps({"prompt": prompt, "countdown": countdown, "toy": toy, "examples": examples}, indent=1)
 
 
@@ -108,7 +114,7 @@ def model_shape(tokenizer, toy: dict) -> Qwen2Config:
 
 
 def warm_start(*, prompt: str, countdown: dict, layers: int, hidden: int, heads: int, intermediate: int,
-               updates: int, batch: int, lr: float, seed: int):
+               updates: int, batch: int, lr: float, seed: int, also: str = ""):
     """Trains the tiny model on random chains by next-token prediction, loss on the chain and its end only."""
     started = time.time()
     tokenizer = make_tokenizer(countdown["limit"])
@@ -119,7 +125,7 @@ def warm_start(*, prompt: str, countdown: dict, layers: int, hidden: int, heads:
     rng = random.Random(seed)
     bar = tqdm(range(updates), desc="warm start of the toy base model", unit="update", mininterval=0.5)
     for update in bar:
-        pairs = chains(batch, rng, prompt=prompt, countdown=countdown)
+        pairs = chains(batch, rng, prompt=prompt, countdown=countdown, also=also)
         prompts = tokenizer([p for p, _ in pairs]).input_ids
         answers = tokenizer([f"{chain} {tokenizer.eos_token}" for _, chain in pairs]).input_ids
         width = max(len(p) + len(a) for p, a in zip(prompts, answers))

@@ -20,6 +20,7 @@ import json
 import math
 import os
 import time
+import zlib
 from pathlib import Path
 
 import torch
@@ -34,22 +35,22 @@ import scope
 import step as steps
 from rollout import Rollout
 from support import checkpoint, distributed, memory, models
-from support.files import replace_folder, replace_text
+from support.files import file_name, replace_folder, replace_text
 
 
-def train(config, keys: dict, folder: Path, problems: list, heldout: list, world) -> None:
+def train(config, keys: dict, folder: Path, problems: list, heldout: dict[str, list], world) -> None:
     """The whole run: base evaluation, the steps, the trained evaluation, and everything under `folder`."""
     run = steps.set_up(config, problems, world)
-    models.check_lengths(run.policy.config, data.prompt_ids(run.tokenizer, heldout, config.prompt),
-                         config.max_new_tokens)
+    for own in heldout.values():
+        models.check_lengths(run.policy.config, data.prompt_ids(run.tokenizer, own, config.prompt),
+                             config.max_new_tokens)
     start = checkpoint.load(folder, run.policy, run.optimizer) if config.resume else 0
     log = checkpoint.Log(folder, keys, start, active=world.is_main)
     log.print(introduction(folder, run))
     if start == 0:
-        base = evaluated(run, heldout, config.evaluation.samples, "evaluation of the base model")
-        if world.is_main:
-            base.save(folder / "base_evaluation.npz")
+        base = base_evaluations(run, heldout, folder)
         log.metrics({"step": 0} | evaluation_metrics(base))
+    main_file = next(iter(heldout))
     updates = config.grpo.updates_per_rollout
 
     for step in tqdm(range(start, config.steps), desc="training", initial=start, total=config.steps, unit="step",
@@ -95,14 +96,16 @@ def train(config, keys: dict, folder: Path, problems: list, heldout: list, world
         metrics |= mean_of(history) | {"lr": learning_rate(step, config), "mem_gb": distributed.peak_memory(world)}
         metrics |= clock.times
         if config.evaluation.every and (step + 1) % config.evaluation.every == 0 and step + 1 < config.steps:
-            metrics |= evaluation_metrics(evaluated(run, heldout, config.evaluation.samples_between, "evaluation"))
+            between = evaluated(run, heldout[main_file], config.evaluation.samples_between, "evaluation")
+            metrics |= evaluation_metrics({main_file: between})
         log.metrics(metrics)
         if (step + 1) % config.log_every == 0 or step == 0:
             print_step(log, metrics, run, sampled, texts, rewards)
         if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
             checkpoint.save(folder, step + 1, run.policy, run.tokenizer, run.optimizer)
 
-    trained = evaluated(run, heldout, config.evaluation.samples, "evaluation of the trained model")
+    trained = {file: evaluated(run, own, config.evaluation.samples, "evaluation of the trained model")
+               for file, own in heldout.items()}
     if world.is_main:
         finish(folder, log, run, trained)
 
@@ -171,6 +174,8 @@ def selection_metrics(flat: dict[str, Tensor], config) -> dict[str, float]:
     }
     if scope.STRATEGIES[config.selection.strategy].share is None:
         metrics["selection/shortfall"] = round(config.selection.fraction * len(selected)) - selected.sum()
+    if "branching" in flat:
+        metrics["selection/branching"] = flat["branching"].mean()  # tokens where a sibling goes another way
     if selected.any():
         metrics |= {
             "selection/p": flat["logprobs"][selected].exp().mean(),
@@ -192,8 +197,37 @@ def evaluated(run, heldout: list, samples: int, title: str) -> evaluate.Evaluati
     return evaluate.evaluate(run.policy, run.tokenizer, heldout, run.world, run.config, samples=samples, title=title)
 
 
-def evaluation_metrics(evaluation, base=None) -> dict[str, float]:
-    return {f"eval/{name}": value for name, (value, _) in evaluation.summary(base).items()}
+def base_evaluations(run, heldout: dict[str, list], folder: Path) -> dict[str, evaluate.Evaluation]:
+    """Of the model before training, by file, also put into the run's folder.
+
+    They are drawn once for all runs of the same weights, problems and settings of sampling: runs/base-evaluations/.
+    """
+    config, found = run.config, {}
+    settings = {"weights": models.digest(run.policy), "prompt": vars(config.prompt), "grader": config.reward.grader,
+                "max_new_tokens": config.max_new_tokens, "temperature": config.temperature,
+                "samples": config.evaluation.samples, "seed": config.evaluation.seed}
+    for file, problems in heldout.items():
+        label = zlib.crc32(json.dumps(settings | {"problems": problems}).encode())
+        stored = Path("runs") / "base-evaluations" / f"{label:08x}.npz"
+        own = folder / "base_evaluation" / f"{file_name(file)}.npz"
+        if not distributed.from_main(run.world.is_main and stored.is_file()):
+            found[file] = evaluated(run, problems, config.evaluation.samples, "evaluation of the base model")
+            if run.world.is_main:
+                found[file].save(stored)
+        if run.world.is_main:
+            found[file] = evaluate.Evaluation.load(stored)
+            found[file].save(own)
+    return found
+
+
+def evaluation_metrics(trained: dict, base: dict | None = None) -> dict[str, float]:
+    """The first file's as eval/NAME, those of further files as eval/FILE/NAME."""
+    metrics = {}
+    for i, (file, evaluation) in enumerate(trained.items()):
+        prefix = f"eval/{file_name(file)}/" if i else "eval/"
+        summary = evaluation.summary(base and base[file])
+        metrics |= {prefix + name: value for name, (value, _) in summary.items()}
+    return metrics
 
 
 def introduction(folder: Path, run) -> str:
@@ -222,16 +256,20 @@ def print_step(log, metrics: dict, run, sampled: Rollout, texts: list[str], rewa
         log.sample(metrics["step"], run.tokenizer.decode(sampled.prompts[row]), texts[row], rewards[row].item())
 
 
-def finish(folder: Path, log, run, trained: evaluate.Evaluation) -> None:
-    """The model as an HF folder, and the table of base against trained."""
+def finish(folder: Path, log, run, trained: dict[str, evaluate.Evaluation]) -> None:
+    """The model as an HF folder, and the table of base against trained for each file."""
     with replace_folder(folder / "model") as unfinished:
         run.policy.save_pretrained(unfinished)
         run.tokenizer.save_pretrained(unfinished)
-    base = evaluate.Evaluation.load(folder / "base_evaluation.npz")
+    base = {file: evaluate.Evaluation.load(folder / "base_evaluation" / f"{file_name(file)}.npz") for file in trained}
     log.metrics({"step": run.config.steps} | evaluation_metrics(trained, base))
-    table = {"base": base.summary(base), "trained": trained.summary(base)}
-    replace_text(folder / "evaluation.json", json.dumps(table, indent=1) + "\n")
-    log.print(f"\n{evaluate.format_table(table)}\n{evaluate.describe(trained, run.config.evaluation.samples)}")
+    report, every_k = {}, [2**i for i in range(20)]
+    for file, own in trained.items():
+        table = {"base": base[file].summary(base[file]), "trained": own.summary(base[file])}
+        log.print(f"\n{file}:\n{evaluate.format_table(table)}\n"
+                  f"{evaluate.describe(own, run.config.evaluation.samples)}")
+        report[file] = {"base": base[file].summary(base[file], every_k), "trained": own.summary(base[file], every_k)}
+    replace_text(folder / "evaluation.json", json.dumps(report, indent=1) + "\n")
     log.print(f"\nwritten to {folder}/: config.yaml, metrics.jsonl (a line a step), samples.jsonl, evaluation.json, "
               "checkpoint/ (for resume=true), model/")
 
@@ -239,11 +277,12 @@ def finish(folder: Path, log, run, trained: evaluate.Evaluation) -> None:
 # ---------------------------------------------------------------- the command
 
 
-def dry_run(config, keys: dict, problems: list, heldout: list) -> None:
+def dry_run(config, keys: dict, problems: list, heldout: dict[str, list]) -> None:
     """Prints what the run would be."""
     ranks, defaults = int(os.environ.get("WORLD_SIZE", "1")), configs.read_defaults()
     world = distributed.World(0, ranks, torch.device("meta"))
     run = steps.set_up(config, problems, world, weights=False)
+    heldout = [problem for own in heldout.values() for problem in own]
     prompts = data.prompt_ids(run.tokenizer, run.problems + heldout, config.prompt)
     models.check_lengths(run.policy.config, prompts, config.max_new_tokens)
     strategy = scope.STRATEGIES[config.selection.strategy]

@@ -6,6 +6,7 @@ Standard library and yaml only, so that a typo is reported before torch is impor
 import importlib.util
 import math
 import os
+import re
 import sys
 import time
 from contextlib import contextmanager
@@ -135,6 +136,17 @@ def namespace(tree: dict) -> SimpleNamespace:
     return SimpleNamespace(**{k: namespace(v) if isinstance(v, dict) else v for k, v in tree.items()})
 
 
+def own_words(arguments: list[str], own: dict) -> tuple[dict, list[str]]:
+    """A command's own keys, and the words that it hands on to train.py, checked as train.py would."""
+    mine = [word for word in arguments if word.partition("=")[0] in own]
+    rest = [word for word in arguments if word not in mine]
+    settings = override(own, mine)
+    for key, value in settings.items():
+        require(not isinstance(value, int) or value >= 0, f"{key}={value}: give a number of at least 0")
+    training_keys(rest)
+    return settings, rest
+
+
 def training_keys(arguments: list[str]) -> dict:
     """The flat, checked config of train.py: config.yaml, a recipe laid over it, and `key=value` arguments."""
     defaults = read_defaults()
@@ -226,6 +238,11 @@ def check(keys: dict) -> None:
     bound("countdown.numbers", 2, 6)
     require(keys["countdown.limit"] >= keys["countdown.largest"],
             f"countdown.limit={keys['countdown.limit']}: give at least countdown.largest={keys['countdown.largest']}")
+    if "toy.also" in keys:
+        for kind in filter(None, keys["toy.also"].split(",")):
+            require(re.fullmatch(r"[1-9]\d*x[1-9]\d*", kind) and int(kind.split("x")[1]) <= keys["countdown.limit"],
+                    f"toy.also={keys['toy.also']}: give kinds of problems like 3x20,5x20: so many numbers, the largest "
+                    f"at most countdown.limit={keys['countdown.limit']}")
     heads = keys["toy.heads"]
     require(heads == 1 or heads % 2 == 0, f"toy.heads={heads}: give an even number, or 1")
     require(keys["toy.hidden"] % (2 * heads) == 0,
@@ -238,9 +255,10 @@ def check(keys: dict) -> None:
             require(f"{{{field}}}" in template, f"prompt.{key}={template!r}: it must contain {{{field}}}")
     if "model" in keys:
         check_model(keys["model"])
-    for key, word in (("data.file", "countdown"), ("evaluation.data", "auto")):
-        if keys.get(key, word) != word:
-            check_file(key.removesuffix(".file"), keys[key])
+    if keys.get("data.file", "countdown") != "countdown":
+        check_file("data", keys["data.file"])
+    for file in listed(keys.get("evaluation.data", "auto")):
+        check_file("evaluation.data", file)
     require(keys["reward.grader"] in ("exact", "math_verify"),
             f"reward.grader={keys['reward.grader']}: give exact or math_verify")
     require(keys["reward.grader"] == "exact" or importlib.util.find_spec("math_verify") is not None,
@@ -262,6 +280,7 @@ def check_step(keys: dict) -> None:
     require(keys["group_size"] >= 2, f"group_size={keys['group_size']}: give at least 2, for an advantage is a "
                                      "completion's distance from the others of its group")
     for key, words in (("grpo.normaliser", ("token", "sequence")), ("selection.kl", ("full", "k3")),
+                       ("selection.normaliser", ("selected", "tokens")),
                        ("optimizer.schedule", ("cosine", "constant"))):
         require(keys[key] in words, f"{key}={keys[key]}: give {' or '.join(words)}")
     require(0 < keys["forking_fraction"] < 1,

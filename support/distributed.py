@@ -70,6 +70,12 @@ def barrier() -> None:
         dist.barrier()
 
 
+def from_main(fact: bool) -> bool:
+    """What rank 0 says; the others say False."""
+    device = "cuda" if dist.is_initialized() and dist.get_backend() == "nccl" else "cpu"
+    return bool(total(torch.tensor(int(fact), device=device)))
+
+
 def gather(x: Tensor) -> Tensor:
     """The rows of all ranks, in rank order; ranks may hold different numbers of rows.  [n, ..] -> [sum of n, ..]"""
     if not dist.is_initialized():

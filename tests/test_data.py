@@ -97,21 +97,26 @@ def test_filter():
 def test_training_and_evaluation_never_overlap(tmp_path):
     file = write(tmp_path / "math.jsonl", MATH)
     training, heldout, notes = data.problem_sets(config_of(f"data={file}", "data.validation=0.3"))
+    heldout = heldout["auto"]
     assert len(training) + len(heldout) == len(MATH) and 3 < len(heldout) < 16
     assert f"{len(heldout)} of 30 problems" in notes[0]
     shuffled = write(tmp_path / "again.jsonl", MATH[::-1])
     again = data.problem_sets(config_of(f"data={shuffled}", "data.validation=0.3"))
-    assert again[1] == heldout[::-1]  # the problem decides, not the file or its order
+    assert again[1] == {"auto": heldout[::-1]}  # the problem decides, not the file or its order
     filtered = data.problem_sets(config_of(f"data={file}", "data.validation=0.3", "data.filter=subject=Algebra"))
-    assert filtered[1] == [problem for problem in heldout if problem["subject"] == "Algebra"]
+    assert filtered[1]["auto"] == [problem for problem in heldout if problem["subject"] == "Algebra"]
 
     with pytest.raises(UserError, match="filter=level=9 leaves no problem.* 1, 2, 3, 4, 5, .*Algebra, Number"):
         data.problem_sets(config_of(f"data={file}", "data.filter=level=9"))
 
     other = write(tmp_path / "other.jsonl", [*[row | {"solution": "x", "answer": "0"} for row in MATH[:4]], *GSM8K[:3]])
     training, heldout, notes = data.problem_sets(config_of(f"data={file}", f"evaluation.data={other}"))
-    assert len(heldout) == 7 and len(training) == 26
+    assert len(heldout[str(other)]) == 7 and len(training) == 26
     assert "4 of 30 problems" in notes[0] and "evaluation.data" in notes[0]
+    several = config_of(f"data={file}", f"evaluation.data=[{other},auto]", "data.validation=0.3")
+    training, heldout, notes = data.problem_sets(several)
+    assert list(heldout) == [str(other), "auto"] and "4 of 30" in notes[0] and "of 26 problems" in notes[1]
+    assert len(training) + len(heldout["auto"]) == 26
     with pytest.raises(UserError, match="data.validation=0.0 .*evaluation.data=FILE"):
         data.problem_sets(config_of(f"data={file}", "data.validation=0.0"))
 

@@ -187,7 +187,8 @@ SMALL = ["toy.layers=1", "toy.hidden=16", "toy.heads=2", "toy.intermediate=16", 
 def toys(tmp_path_factory):
     """Two toy models of one vocabulary, as plain folders."""
     folder = tmp_path_factory.mktemp("models")
-    settings = {"layers": 1, "hidden": 16, "heads": 2, "intermediate": 16, "updates": 40, "batch": 16, "lr": 3e-3}
+    settings = {"layers": 1, "hidden": 16, "heads": 2, "intermediate": 16, "updates": 40, "batch": 16, "lr": 3e-3,
+                "also": ""}
     words = {"prompt": "{numbers} -> {target} :", "countdown": {"numbers": 4, "largest": 20, "limit": 99}}
     for seed, name in enumerate(("one", "two")):
         toy.base_model(folder / name, **words, toy=settings | {"seed": seed})

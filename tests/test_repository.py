@@ -10,6 +10,7 @@ from helpers import ROOT
 import grpo
 import rewards
 import scope
+from reproduce import OWN
 from support import config
 
 ROOMS = ("grading", "support", "analysis")
@@ -20,7 +21,7 @@ OPTIONAL = {"matplotlib", "math_verify"}  # imported in the branch that was aske
 
 # Each file or room imports only what stands below it; within a room, and on one line, anything goes.
 LEVELS = [
-    {"analysis", "benchmark"},
+    {"analysis", "benchmark", "reproduce"},
     {"train"},
     {"evaluate"},
     {"step"},
@@ -120,12 +121,14 @@ def test_commands_parse():
     """Every line of README and docs/ that starts train.py or evaluate.py has keys that exist, of the right type."""
     lines = [line for block in commands() for line in block.splitlines()]
     lines += [code for page in PAGES for code in re.findall(r"`(python [^`]*)`", page.read_text().replace("\n", " "))]
-    found = [line.partition("#")[0].split() for line in lines if re.search(r"(train|evaluate|benchmark)\.py", line)]
+    scripts = r"(train|evaluate|benchmark|reproduce)\.py"
+    found = [line.partition("#")[0].split() for line in lines if re.search(scripts, line)]
     assert len(found) >= 15
     for words in found:
-        script = next(i for i, word in enumerate(words) if re.search(r"(train|evaluate|benchmark)\.py$", word))
+        script = next(i for i, word in enumerate(words) if re.search(f"{scripts}$", word))
         arguments = [word.strip("\"';") for word in words[script + 1 :] if "=" in word and "$" not in word]
         defaults = config.evaluation_keys([]) if "evaluate" in words[script] else config.read_defaults()
+        defaults |= OWN if "reproduce" in words[script] else {}
         config.override(defaults, arguments)
 
 

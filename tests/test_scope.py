@@ -16,7 +16,9 @@ def step_of_tokens(n=2000, seed=0, positive=0.5):
     advantages = torch.rand(n, generator=generator) * 2.4
     sign = torch.where(torch.rand(n, generator=generator) < positive, 1.0, -1.0)
     collision = 0.1 * torch.randn(n, generator=generator)
-    return {"logprobs": logprobs, "entropy": entropy, "advantages": advantages * sign, "collision": collision}
+    gap = torch.randn(n, generator=generator)
+    return {"logprobs": logprobs, "entropy": entropy, "advantages": advantages * sign, "collision": collision,
+            "gap": gap}
 
 
 def test_redistribution_score_by_hand():

@@ -18,7 +18,8 @@ from support.config import UserError, namespace, nest, override, read_defaults
 
 COUNTDOWN = {"numbers": 4, "largest": 20, "limit": 99}
 PROMPT = "{numbers} -> {target} :"
-SMALL = {"layers": 1, "hidden": 16, "heads": 2, "intermediate": 16, "updates": 2, "batch": 4, "lr": 1e-3, "seed": 0}
+SMALL = {"layers": 1, "hidden": 16, "heads": 2, "intermediate": 16, "updates": 2, "batch": 4, "lr": 1e-3, "seed": 0,
+         "also": "3x20,2x30"}
 
 
 def key(problem):
@@ -99,10 +100,10 @@ def test_a_files_rows_on_the_evaluations_side_are_left_out(tmp_path):
 
     training, heldout, notes = sets("auto")
     assert len(training) == 50 and not any(data.is_heldout(**problem) for problem in training)
-    assert len(heldout) == 200 and all(data.is_heldout(**problem) for problem in heldout)
+    assert len(heldout["auto"]) == 200 and all(data.is_heldout(**problem) for problem in heldout["auto"])
     assert len(notes) == 1 and "30 of 80 problems" in notes[0]
     training, heldout, notes = sets(str(tmp_path / "mine.jsonl"))
-    assert (training, heldout) == (problems[4:], problems[:4]) and "4 of 80 problems" in notes[0]
+    assert (training, list(heldout.values())) == (problems[4:], [problems[:4]]) and "4 of 80 problems" in notes[0]
 
 
 def test_empty_file_is_refused(tmp_path):
@@ -133,7 +134,8 @@ def test_warm_start_learns_the_chain_and_its_end_not_the_prompt(monkeypatch):
     losses, own = [], torch.nn.functional.cross_entropy
     monkeypatch.setattr(torch.nn.functional, "cross_entropy", lambda x, y: losses.append(y.tolist()) or own(x, y))
     _, tokenizer = toy.warm_start(prompt=PROMPT, countdown=COUNTDOWN, **SMALL)
-    pairs = toy.chains(SMALL["batch"], random.Random(SMALL["seed"]), prompt=PROMPT, countdown=COUNTDOWN)
+    pairs = toy.chains(SMALL["batch"], random.Random(SMALL["seed"]), prompt=PROMPT, countdown=COUNTDOWN,
+                       also=SMALL["also"])
     answers = [tokenizer(f"{chain} {tokenizer.eos_token}").input_ids for _, chain in pairs]
     assert losses[0] == [token for answer in answers for token in answer] and len(losses) == SMALL["updates"]
 

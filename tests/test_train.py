@@ -135,9 +135,9 @@ def test_the_schedule_the_samples_and_the_base_reach_the_run(in_tmp, monkeypatch
     config = config_of(*SMALL)
     assert rates == [train.learning_rate(step, config) for step in range(4)] and len(set(rates)) == 4
     assert sizes == [4, 2, 4]  # before, in between, after
-    table = json.loads(Path("runs/spied/evaluation.json").read_text())
+    table = json.loads(Path("runs/spied/evaluation.json").read_text())["auto"]
     assert table["base"]["d_collapse"][0] == pytest.approx(0, abs=1e-9) and table["base"] != table["trained"]
-    base = train.evaluate.Evaluation.load("runs/spied/base_evaluation.npz")
+    base = train.evaluate.Evaluation.load("runs/spied/base_evaluation/auto.npz")
     assert table["base"]["entropy"][0] == pytest.approx(base.entropy.mean(), rel=1e-5)
 
 
@@ -189,7 +189,7 @@ def real_runs(tmp_path_factory):
 def test_a_real_run_writes_everything(real_runs):
     folder = real_runs / "runs" / "alone"
     assert {path.name for path in folder.iterdir()} == {
-        "config.yaml", "metrics.jsonl", "samples.jsonl", "evaluation.json", "base_evaluation.npz", "checkpoint",
+        "config.yaml", "metrics.jsonl", "samples.jsonl", "evaluation.json", "base_evaluation", "checkpoint",
         "model",
     }
     keys = configs.flatten(yaml.safe_load((folder / "config.yaml").read_text()))

@@ -134,7 +134,7 @@ def test_bad_data_row(tmp_path):
 
 def test_too_few_problems(tmp_path):
     (tmp_path / "p.jsonl").write_text('{"numbers": [1, 2], "target": 3}\n')
-    check_message(run_here(tmp_path, "data=p.jsonl"), "prompts_per_step=64", "only 0 problems",
+    check_message(run_here(tmp_path, "data=p.jsonl"), "prompts_per_step=32", "only 0 problems",
          "1 of 1 problems of p.jsonl are on")
 
 

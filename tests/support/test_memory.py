@@ -53,7 +53,7 @@ def test_zero_shards_the_moments():
 def test_a_dry_run_of_the_toy(in_tmp, capsys):
     train.main(configs.training_keys(["dry_run=true"]))
     printed = capsys.readouterr().out
-    assert "64 prompts x 8 = 512 completions" in printed and "753,024 parameters" in printed
+    assert "32 prompts x 8 = 256 completions" in printed and "315,936 parameters" in printed
     assert not Path("runs").exists()
 
 

@@ -1,0 +1,335 @@
+"""The paper's tables and figures, from as many runs of train.py as they take; a finished run is never repeated.
+
+    python reproduce.py figure2                    # GRPO against SCOPE on 10 seeds, with and without a verifier
+    python reproduce.py table1 seeds=5 jobs=2      # every selection at four strengths, two runs at a time
+    python reproduce.py all                        # everything, in the order of `EXPERIMENTS`
+    python reproduce.py tables                     # only the tables and pictures anew, of the runs that there are
+    python reproduce.py figure2 recipe=recipes/qwen2.5-7b.yaml data=math/train.jsonl \\
+        evaluation.data=[gsm8k.jsonl,math500.jsonl,amc.jsonl] ranks=4      # the same of real models, on GPUs
+
+Further words go to every run. Results: results/WHAT/runs.jsonl (a line a run), table.md, figure.png. Without a recipe
+the columns are held-out Countdown: 4 numbers, which training has, and 3, 5 and larger ones, which it has not.
+"""
+
+import sys
+
+from support import config as configs
+
+OWN = {"seeds": 0, "first_seed": 0, "jobs": 0, "ranks": 1, "out": "results"}  # 0: as many as the experiment, the cores
+
+if __name__ == "__main__":  # before torch is imported: a typo is reported at once
+    with configs.one_line_errors():
+        SETTINGS, WORDS = configs.own_words(sys.argv[2:], OWN)
+
+import json
+import os
+import subprocess
+import time
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from tqdm import tqdm
+
+import data
+import toy
+from support import checkpoint, plots, processes, report
+from support.files import replace_text
+
+# ---------------------------------------------------------------- what the paper's names stand for
+
+# Without a verifier lambda = 0.03 loses most of the accuracy: the strengths were chosen on seed 1000, not reported.
+PARADIGMS = {"RLVR": ("selection.kl_coef=0.03",), "RLIF": ("reward=self_certainty", "selection.kl_coef=0.3")}
+BASELINE = {"RLVR": "GRPO", "RLIF": "INTUITOR"}
+SELECTIONS = {"Uniform": "uniform", "Positive-Adv.": "positive", "Forking": "forking",
+              "Fork + Adv.": "forking_positive", "Non-Forking": "non_forking", "KL-Cov": "covariance",
+              "SCOPE": "scope", "all tokens": "all", "SCOPE + residual": "residual",
+              "entropy change": "entropy_change"}  # the last three are not the paper's
+LAMBDAS = (0.01, 0.03, 0.1, 0.3)
+SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+
+
+class Row(NamedTuple):
+    """One kind of run: its words for train.py; `strength` tells apart those that differ only in lambda or q."""
+
+    label: str
+    words: tuple[str, ...]
+    strength: float | None = None
+
+
+class Experiment(NamedTuple):
+    """`rows` makes {section: rows}; the rest says how its runs are shown."""
+
+    rows: object
+    seeds: int
+    references: tuple[str, ...] = ("baseline",)  # the rows that others are compared with
+    draw: object = None
+
+
+def figure2() -> dict[str, list[Row]]:
+    """Section 4.4: the baseline and SCOPE."""
+    return {name: [Row(BASELINE[name], (*words, "selection.strategy=none")),
+                   Row("SCOPE", (*words, "selection.strategy=scope"))] for name, words in PARADIGMS.items()}
+
+
+def table1() -> dict[str, list[Row]]:
+    """Section 4.2: which tokens pay, each at several lambda."""
+    return {name: [Row(BASELINE[name], (*words, "selection.strategy=none"))]
+            + [Row(label, (*words, f"selection.strategy={strategy}", f"selection.kl_coef={value}"), value)
+               for value in LAMBDAS for label, strategy in SELECTIONS.items()] for name, words in PARADIGMS.items()}
+
+
+def figure1() -> dict[str, list[Row]]:
+    """Section 4.1: how many tokens pay; lambda over the selected ones, Eq. 15, or the same lambda for each token."""
+    sections = {}
+    for name, words in PARADIGMS.items():
+        rows = [Row(BASELINE[name], (*words, "selection.strategy=none"))]
+        equal = float(words[-1].partition("=")[2]) / 0.05  # at q = 5 % the two forms are one
+        for share in SHARES:
+            selected = (*words, "selection.strategy=scope", f"selection.fraction={share}")
+            rows.append(Row("mean over the selected", selected, share))
+            rows.append(Row("constant for a token", (*selected, f"selection.kl_coef={equal:g}",
+                                                     "selection.normaliser=tokens"), share))
+        sections[name] = rows
+    return sections
+
+
+def table2() -> dict[str, list[Row]]:
+    """Section 4.3: other objectives and rewards, alone and with SCOPE."""
+    methods = {"RLVR": {"Forking RL": "objective=forking_rl", "Div": "objective=div",
+                        "KL-Cov": "objective=kl_cov", "Clip-Cov": "objective=clip_cov"},
+               "RLIF": {"Self-Certainty": "reward=self_certainty", "Tok-Entropy": "reward=token_entropy",
+                        "Traj-Entropy": "reward=trajectory_likelihood", "EM-RL token": "reward=trajectory_entropy"}}
+    off_policy = {"KL-Cov": ("grpo.updates_per_rollout=2",)}  # its penalty is to the policy that sampled
+    return {section: [Row(label + suffix, (*PARADIGMS[section], word, f"selection.strategy={strategy}",
+                                           *off_policy.get(label, ())))
+                      for label, word in found.items() for suffix, strategy in (("", "none"), (" + SCOPE", "scope"))]
+            for section, found in methods.items()}
+
+
+EXPERIMENTS = {
+    "figure1": Experiment(figure1, seeds=5, draw=plots.over_strength),
+    "figure2": Experiment(figure2, seeds=10, draw=plots.bars),
+    "table1": Experiment(table1, seeds=5, references=("baseline", "SCOPE"), draw=plots.frontier),
+    "table2": Experiment(table2, seeds=5, references=("alone",), draw=plots.bars),
+    "figure3": Experiment(figure2, seeds=10, draw=plots.pass_at_k_over_seeds),
+    "table4": Experiment(figure2, seeds=10),
+}
+
+# ---------------------------------------------------------------- runs
+
+
+def countdown_sets(config) -> list[str]:
+    """Files of held-out problems, the benchmarks of the embedded default; `validation` chooses lambda, unshown."""
+    folder, files = Path("runs") / "reproduce-problems", []
+    kinds = {"4-numbers": (100, {}), "3-numbers": (64, {"numbers": 3}), "5-numbers": (64, {"numbers": 5}),
+             "larger": (64, {"largest": 50}), "validation": (164, {})}
+    for name, (count, changes) in kinds.items():
+        problems = data.countdown(count, heldout=True, **vars(config.countdown) | changes)
+        rows = problems[100:] if name == "validation" else problems  # those after 4-numbers' own
+        folder.mkdir(parents=True, exist_ok=True)
+        files.append(folder / f"{name}.jsonl")
+        replace_text(files[-1], "".join(json.dumps(row) + "\n" for row in rows))
+    return [str(file) for file in files]
+
+
+def common_words(words: list[str]) -> list[str]:
+    """What every run is given. Without a recipe or data: the benchmarks of Countdown."""
+    words = ["evaluation.every=0", "evaluation.samples=64", "save_every=50", *words]
+    if not any(word.startswith(("recipe=", "data=", "model=", "evaluation.data=")) for word in words):
+        config = configs.namespace(configs.nest(configs.training_keys(words)))
+        words.append(f"evaluation.data=[{','.join(countdown_sets(config))}]")
+    return words
+
+
+def label_of(keys: dict) -> str:
+    """What a run is, whatever the order of its words."""
+    kept = {key: value for key, value in sorted(keys.items()) if key not in checkpoint.MAY_DIFFER}
+    return f"{zlib.crc32(json.dumps(kept).encode()):08x}"
+
+
+def start(run: dict, slot: int, slots: int, settings: dict) -> subprocess.Popen:
+    """One run of train.py, from its last save if it has one; its output goes to runs/reproduce-ID.log."""
+    folder = Path("runs") / run["name"]
+    words = [*run["words"], f"name={run['name']}", f"resume={str((folder / 'config.yaml').is_file()).lower()}"]
+    ranks, gpus = settings["ranks"], torch.cuda.device_count()
+    program = [sys.executable, str(Path(__file__).with_name("train.py"))]
+    if ranks > 1:
+        program[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    environment = dict(os.environ)
+    if gpus:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(str(slot * ranks + i) for i in range(ranks))
+    else:
+        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // (slots * ranks)))
+    return processes.start([*program, *words], folder.with_suffix(".log"), environment)
+
+
+def figures_of(run: dict) -> dict:
+    """Every figure of a finished run; its weights, which nobody asks for again, are deleted."""
+    folder = Path("runs") / run["name"]
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if "loss" in row]
+    last = rows[-max(1, len(rows) // 10):]
+    seconds = [sum(value for key, value in row.items() if key.startswith("time/")) for row in rows]
+    training = {"seconds": sum(seconds), "tokens": sum(row["tokens"] for row in rows),
+                "tokens/s": sum(row["tokens"] for row in rows) / sum(seconds),
+                "length": sum(row["length/mean"] for row in rows) / len(rows), "mem_gb": rows[-1]["mem_gb"]}
+    for key in ("reward/accuracy", "entropy", "kl/selected", "selection/fraction", "selection/branching"):
+        if key in last[0]:
+            training[key] = sum(row[key] for row in last) / len(last)
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    evaluation = {Path(file).stem: {who: {name: round(found[0], 6) for name, found in metrics.items()}
+                                    for who, metrics in table.items()} for file, table in evaluation.items()}
+    for large in ("checkpoint", "model"):
+        for file in sorted((folder / large).rglob("*")):
+            file.unlink()
+    return {"training": {key: round(found, 6) for key, found in training.items()}, "evaluation": evaluation}
+
+
+def perform(name: str, words: list[str], settings: dict) -> list[dict]:
+    """All runs of an experiment; each is a line of runs.jsonl as soon as it is done. Seed by seed, so that what a
+    kill leaves is whole for the first seeds. Returns the lines."""
+    experiment, out = EXPERIMENTS[name], Path(settings["out"]) / name
+    known = {}
+    for file in sorted(Path(settings["out"]).glob("*/runs.jsonl")):
+        known |= {line["run"]: line for line in map(json.loads, file.read_text().splitlines())}
+    common = common_words(words)
+    keys = configs.training_keys(common)
+    toy.model_folder(keys["model"], configs.namespace(configs.nest(keys)))  # once, not by each of the first runs
+    runs = []
+    for seed in range(settings["first_seed"], settings["first_seed"] + (settings["seeds"] or experiment.seeds)):
+        for section, rows in experiment.rows().items():
+            for row in rows:
+                own = [*common, *row.words, f"seed={seed}"]
+                label = label_of(configs.training_keys(own))
+                runs.append({"section": section, "row": row.label, "strength": row.strength, "seed": seed,
+                             "run": label, "name": f"reproduce-{label}", "words": own})
+    slots = settings["jobs"] or max(1, (torch.cuda.device_count() or os.cpu_count() or 1) // settings["ranks"])
+    missing = list({run["run"]: run for run in runs if run["run"] not in known}.values())
+    free, running = list(range(slots)), {}
+    with tqdm(total=len(missing), desc=name, unit="run") as bar:
+        try:
+            while missing or running:
+                while missing and free:
+                    run, slot = missing.pop(0), free.pop(0)
+                    running[start(run, slot, slots, settings)] = run, slot
+                time.sleep(0.2)
+                for process in [process for process in running if process.poll() is not None]:
+                    run, slot = running.pop(process)
+                    free.append(slot)
+                    configs.require(process.returncode == 0, f"a run failed: see runs/{run['name']}.log, mend it, and "
+                                                             "give the same command again")
+                    known[run["run"]] = {"figures": figures_of(run), **processes.versions()}
+                    write_lines(out, runs, known)
+                    bar.update()
+        finally:
+            for process in running:
+                process.terminate()
+    return write_lines(out, runs, known)
+
+
+def write_lines(out: Path, runs: list[dict], known: dict) -> list[dict]:
+    """runs.jsonl: what this experiment calls each of its finished runs, and their figures."""
+    shared = ("figures", "commit", "python", "torch", "transformers", "device")
+    lines = [{key: run[key] for key in ("section", "row", "strength", "seed", "run", "words")}
+             | {key: known[run["run"]][key] for key in shared} for run in runs if run["run"] in known]
+    out.mkdir(parents=True, exist_ok=True)
+    replace_text(out / "runs.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    return lines
+
+
+# ---------------------------------------------------------------- tables
+
+HEAD = """# {0}
+
+Written by `python reproduce.py {0}`. ± is half the 95 % interval over seeds (Student). Differences are seed by seed:
+* is p < 0.05, corrected for the lines of the table (Holm), and in brackets is on how many seeds it is above 0.
+"""
+
+
+def columns_of(lines: list[dict]) -> tuple[list[tuple], list[tuple]]:
+    """Accuracy on each benchmark and d_collapse on the first; Pass@k at the largest k. Not the validation set."""
+    files = lines[0]["figures"]["evaluation"]
+    names = [name for name in files if name != "validation"]
+    metrics = files[names[0]]["trained"]
+    accuracy = next(metric for metric in metrics if metric.startswith("acc@"))
+    largest = [metric for metric in metrics if metric.startswith("pass@")][-1]
+    first = [(f"{accuracy.capitalize()} {name}", ("evaluation", name, "trained", accuracy)) for name in names]
+    first.append((f"d_collapse {names[0]}", ("evaluation", names[0], "trained", "d_collapse")))
+    return first, [(f"{largest.capitalize()} {name}", ("evaluation", name, "trained", largest)) for name in names]
+
+
+def pairs_of(rows: list[tuple], reference: str, section: str) -> list[tuple]:
+    """Which rows are compared: with the section's baseline, with a row of that name, or each + SCOPE with its own."""
+    if reference == "alone":
+        return [(row, (row[0].removesuffix(" + SCOPE"), None)) for row in rows if row[0].endswith(" + SCOPE")]
+    name = BASELINE[section] if reference == "baseline" else reference
+    against = next(row for row in rows if row[0] == name)
+    return [(row, against) if reference == "baseline" else (against, row) for row in rows if row != against
+            and not (reference != "baseline" and row[0] == BASELINE[section])]
+
+
+def table(name: str, lines: list[dict]) -> str:
+    """table.md: for each section the means, then the paired differences, accuracy first, then breadth."""
+    experiment, text = EXPERIMENTS[name], [HEAD.format(name)]
+    first, second = columns_of(lines) if name != "table4" else (
+        [(key, ("training", key)) for key in ("seconds", "tokens/s", "length", "mem_gb")], [])
+    for section in dict.fromkeys(line["section"] for line in lines):
+        rows = report.by_row(lines, section)
+        for title, kept in choices(name, rows):
+            text.append(f"## {section}{title}\n")
+            base = [{**line, "figures": based(line["figures"])} for line in lines[:1]]
+            for columns in filter(None, (first, second)):
+                shown = ({("base model", None): {0: base[0]}} if name != "table4" else {}) | {r: rows[r] for r in kept}
+                text.append(report.means(shown, columns))
+                for reference in experiment.references:
+                    text.append(report.differences(rows, pairs_of(kept, reference, section), columns))
+    return "\n".join(text)
+
+
+def choices(name: str, rows: dict) -> list[tuple[str, list[tuple]]]:
+    """Which rows a table shows: all; for table1 each at its own best lambda, then all at one lambda."""
+    if name != "table1":
+        return [("", list(rows))]
+    metric = next(iter(next(iter(rows.values())).values()))["figures"]["evaluation"]["4-numbers"]["trained"]
+    accuracy = next(key for key in metric if key.startswith("acc@"))
+    best = report.best_strength(rows, ("evaluation", "validation", "trained", accuracy))
+    common = [row for row in rows if row[1] in (None, 0.03)]
+    return [(", each at the λ of highest validation accuracy", best), (", all at λ = 0.03", common)]
+
+
+def based(figures: dict) -> dict:
+    """The base model's figures in the place of the trained one's."""
+    return figures | {"evaluation": {name: {"trained": found["base"]} for name, found in figures["evaluation"].items()}}
+
+
+# ---------------------------------------------------------------- the command
+
+
+def show(name: str, lines: list[dict], out: Path) -> None:
+    replace_text(out / "table.md", table(name, lines))
+    print(f"written: {out}/runs.jsonl, {out}/table.md")
+    draw = EXPERIMENTS[name].draw
+    if draw:
+        print(plots.picture(out / "figure.png", lambda plot: draw(plot, lines)))
+
+
+def main(what: str, words: list[str], settings: dict) -> None:
+    names = [what] if what in EXPERIMENTS else list(EXPERIMENTS)
+    configs.require(what in {"all", "tables", *EXPERIMENTS}, f"{what!r}: give all, tables, or one of "
+                                                             f"{', '.join(EXPERIMENTS)}")
+    for name in names:
+        out = Path(settings["out"]) / name
+        if what == "tables":
+            file = out / "runs.jsonl"
+            lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+        else:
+            lines = perform(name, words, settings)
+        if lines:
+            show(name, lines, out)
+
+
+if __name__ == "__main__":
+    with configs.one_line_errors():
+        main(sys.argv[1] if len(sys.argv) > 1 else "", WORDS, SETTINGS)

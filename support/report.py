@@ -1,0 +1,79 @@
+"""Tables over seeds, in Markdown: means with 95 % intervals, and paired differences with corrected p-values.
+
+`lines` are the runs of an experiment, one dictionary each (reproduce.py): section, row, strength, seed, figures. A
+column is (title, path into the figures). Runs of equal seed are paired, whatever their rows.
+"""
+
+import math
+
+from support.statistics import holm, mean_interval, t_test
+
+
+def by_row(lines: list[dict], section: str) -> dict[tuple, dict[int, dict]]:
+    """{(row, strength): {seed: line}} of one section, in the lines' order."""
+    rows: dict[tuple, dict[int, dict]] = {}
+    for line in lines:
+        if line["section"] == section:
+            rows.setdefault((line["row"], line["strength"]), {})[line["seed"]] = line
+    return rows
+
+
+def value(line: dict, path: tuple[str, ...]) -> float:
+    found = line["figures"]
+    for name in path:
+        found = found[name]
+    return float(found)
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def name_of(row: tuple) -> str:
+    """A row's name, with its strength where it has one."""
+    label, strength = row
+    return label if strength is None else f"{label}, {strength:g}"
+
+
+def interval(mean: float, half: float, sign: str = "") -> str:
+    return f"{mean:{sign}.3f}" if math.isnan(half) else f"{mean:{sign}.3f} ±{half:.3f}"
+
+
+def means(rows: dict[tuple, dict[int, dict]], columns: list[tuple]) -> str:
+    """A line a row: the mean over its seeds, ± half the 95 % interval."""
+    table = []
+    for row, runs in rows.items():
+        cells = [interval(*mean_interval([value(line, path) for line in runs.values()])) for _, path in columns]
+        table.append([name_of(row), str(len(runs)), *cells])
+    return markdown(["", "seeds", *(title for title, _ in columns)], table)
+
+
+def differences(rows: dict[tuple, dict[int, dict]], pairs: list[tuple[tuple, tuple]], columns: list[tuple]) -> str:
+    """A line a pair (row, reference): row less reference, by seed. *: p < 0.05, corrected for the lines (Holm)."""
+    found: list[list[tuple]] = []
+    for _, path in columns:
+        gaps = []
+        for row, reference in pairs:
+            seeds = sorted(rows[row].keys() & rows[reference].keys())
+            gaps.append([value(rows[row][seed], path) - value(rows[reference][seed], path) for seed in seeds])
+        p_values = holm([t_test(gap) for gap in gaps])
+        found.append([(*mean_interval(gap), p, sum(x > 0 for x in gap), len(gap)) for gap, p in zip(gaps, p_values)])
+    table = []
+    for i, (row, reference) in enumerate(pairs):
+        cells = []
+        for column in found:
+            mean, half, p, above, seeds = column[i]
+            cells.append(f"{interval(mean, half, '+')}{' *' * (p < 0.05)} ({above}/{seeds})")
+        table.append([f"{name_of(row)} − {name_of(reference)}", *cells])
+    return markdown(["difference", *(title for title, _ in columns)], table)
+
+
+def best_strength(rows: dict[tuple, dict[int, dict]], path: tuple[str, ...]) -> list[tuple]:
+    """Of rows that differ only in strength the one of highest mean at `path`; rows without strength stay."""
+    best: dict[str, tuple[float, tuple]] = {}
+    for row, runs in rows.items():
+        score = sum(value(line, path) for line in runs.values()) / len(runs)
+        if row[0] not in best or score > best[row[0]][0]:
+            best[row[0]] = (score, row)
+    return [row for _, row in best.values()]
