@@ -178,6 +178,7 @@ CASES = [(objective, normaliser, on_policy, ()) for objective in grpo.OBJECTIVES
          for on_policy in (True, False)]
 CASES += [("grpo", "token", False, ("selection.kl=k3",)),
           ("grpo", "token", True, ("selection.kl=k3", "grpo.kl_coef=0.3")),
+          ("grpo", "token", True, ("selection.normaliser=tokens",)),
           ("forking_rl", "sequence", False, ("grpo.kl_coef=0.3", "grpo.entropy_coef=0.2"))]
 
 
@@ -252,9 +253,10 @@ def test_from_config_words_to_gradient(objective, normaliser, on_policy, extra):
         d = t["ref"] - t["logp"]
         loss = loss + (config.grpo.kl_coef * (d.exp() - d - 1) - config.grpo.entropy_coef * t["H"]) / N
     chosen = [i for i in largest(lambda t: t["s"], round(0.2 * N)) if tokens[i]["s"] > 0]
+    paying = N if config.selection.normaliser == "tokens" else len(chosen)
     for i in chosen:
         d = tokens[i]["ref"] - tokens[i]["logp"]
-        loss = loss + 0.7 * (d.exp() - d - 1 if config.selection.kl == "k3" else tokens[i]["D"]) / len(chosen)
+        loss = loss + 0.7 * (d.exp() - d - 1 if config.selection.kl == "k3" else tokens[i]["D"]) / paying
     loss.backward()
     assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-3, abs=1e-5)
     assert_same_gradient({name: p.grad for name, p in policy.named_parameters()}, gradient, tolerance=2e-4)

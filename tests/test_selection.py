@@ -25,8 +25,8 @@ def tokens():
         p = probs[i].tolist()
         H = -sum(x * math.log(x) for x in p)
         rows.append({"p": p, "y": int(y[i]), "A": advantages[i].item(), "H": H, "logp": math.log(p[y[i]]),
-                     "collision": sum(x * x * (math.log(x) + H) for x in p)})
-    keys = {"logprobs": "logp", "entropy": "H", "advantages": "A", "collision": "collision"}
+                     "collision": sum(x * x * (math.log(x) + H) for x in p), "gap": math.sin(i)})
+    keys = {"logprobs": "logp", "entropy": "H", "advantages": "A", "collision": "collision", "gap": "gap"}
     columns = {name: torch.tensor([row[key] for row in rows], dtype=torch.float64) for name, key in keys.items()}
     return SimpleNamespace(rows=rows, columns=columns)
 
@@ -101,11 +101,14 @@ def scores(tokens, strategy):
             case "entropy_change":
                 inner = p * (math.log(p) + row["H"]) - sum(x**2 * (math.log(x) + row["H"]) for x in row["p"])
                 return max(A * inner, 0)
+            case "residual":
+                return max(p * (1 - p) * (max(A, 0) + (1 - 2 * p) * row["gap"] / 2), 0)
 
     return [score(row) for row in rows]
 
 
-@pytest.mark.parametrize("strategy", ["scope", "covariance", "geometry", "advantage", "magnitude", "entropy_change"])
+@pytest.mark.parametrize("strategy", ["scope", "covariance", "geometry", "advantage", "magnitude", "entropy_change",
+                                      "residual"])
 @pytest.mark.parametrize("fraction", [0.05, 0.6])
 def test_ranking_strategies_take_the_largest_scores(tokens, strategy, fraction):
     values = scores(tokens, strategy)
@@ -174,3 +177,41 @@ def test_k3_expectations():
     torch.testing.assert_close(gradient((weight * k3).sum()), gradient(forward), rtol=1e-10, atol=1e-14)
     torch.testing.assert_close(gradient((weight * k2).sum()), gradient(reverse), rtol=1e-10, atol=1e-14)
     assert gradient((weight * k1).sum()).abs().max() < 1e-14
+
+
+# ---------------------------------------------------------------- the residual, from the group
+
+
+def test_sibling_gap_against_loops():
+    """alpha - beta by its definition: siblings that agree up to t, those that go on alike against the others."""
+    generator = torch.Generator().manual_seed(1)
+    G, C = 6, 7
+    tokens = torch.randint(3, (4 * G, C), generator=generator)
+    tokens[G : 2 * G] = tokens[G]  # a group of equal completions
+    lengths = torch.randint(1, C + 1, (4 * G,), generator=generator)
+    mask = torch.arange(C) < lengths[:, None]
+    A = torch.randn(4 * G, generator=generator)
+    gap, branching = scope.sibling_gap(tokens.masked_fill(~mask, 0), mask, A, G)
+    seen = 0
+    for i in range(4 * G):
+        for t in range(int(lengths[i])):
+            group = range(i // G * G, i // G * G + G)
+            siblings = [j for j in group if lengths[j] > t and tokens[j, :t].tolist() == tokens[i, :t].tolist()]
+            alike = [max(A[j].item(), 0) for j in siblings if tokens[j, t] == tokens[i, t]]
+            other = [max(A[j].item(), 0) for j in siblings if tokens[j, t] != tokens[i, t]]
+            expected = sum(alike) / len(alike) - sum(other) / len(other) if other else 0.0
+            assert gap[i, t].item() == pytest.approx(expected, abs=1e-6) and branching[i, t].item() == bool(other)
+            seen += bool(other)
+    assert seen > 20 and not branching[G : 2 * G].any() and not branching[~mask].any()
+
+
+def test_recovered_score_is_half_of_S():
+    """With alpha and beta exact, and A_scale in the place of [A]+, it is S_v / 2 of Proposition 1."""
+    for p in (0.1, 0.5, 0.8):
+        probs = torch.tensor([p, 1 - p], dtype=torch.float64)
+        alpha = torch.tensor([1.4, 0.3], dtype=torch.float64)
+        S, L, _ = scope.decompose(probs, alpha)
+        scale = (probs * alpha).sum()
+        score = scope.recovered_score(probs[:1], scale, alpha[:1] - alpha[1:])
+        assert score.item() == pytest.approx(S[0].item() / 2, rel=1e-12)
+        assert scope.recovered_score(probs[:1], scale, torch.zeros(1)).item() == pytest.approx(L[0].item() / 2)

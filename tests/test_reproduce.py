@@ -1,0 +1,86 @@
+"""reproduce.py, end to end on runs of a second: killed and resumed, and its committed tables."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from helpers import ROOT, SMALL
+
+import reproduce
+import train
+from support import config as configs
+
+RESULTS = [name for name in reproduce.EXPERIMENTS if (ROOT / "results" / name / "runs.jsonl").is_file()]
+SETTINGS = dict(reproduce.OWN) | {"jobs": 1}
+
+
+def lines_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "runs.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.xdist_group("real runs")  # they take both cores
+def test_killed_and_resumed_the_same_table(tmp_path, monkeypatch):
+    """Killed while its second run trains: it is taken up, the first not repeated, the table the same."""
+    words = ["figure2", "seeds=1", "jobs=2", *SMALL, "steps=2"]
+    command = [sys.executable, ROOT / "reproduce.py", *words]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    out = tmp_path / "results" / "figure2"
+    while not (out / "runs.jsonl").is_file():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = (out / "runs.jsonl").read_text()
+    assert len(before.splitlines()) < 4 and not (out / "table.md").exists()
+    time.sleep(0.5)  # the runs end with it
+    logs = {log: log.stat().st_mtime for log in (tmp_path / "runs").glob("reproduce-*.log")}
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=170)
+    assert result.returncode == 0, result.stderr
+    lines = lines_of(out)
+    assert [(line["section"], line["row"]) for line in lines] == [
+        ("RLVR", "GRPO"), ("RLVR", "SCOPE"), ("RLIF", "INTUITOR"), ("RLIF", "SCOPE")]
+    for run in map(json.loads, before.splitlines()):
+        log = tmp_path / "runs" / f"reproduce-{run['run']}.log"
+        assert log.stat().st_mtime == logs[log]  # not started again
+    assert len(list((tmp_path / "runs" / "base-evaluations").glob("*.npz"))) == 5  # one a file, for all runs
+    monkeypatch.chdir(tmp_path)
+    for i, line in enumerate(lines):  # the figures of an unbroken run of the same words
+        assert not list((tmp_path / "runs" / f"reproduce-{line['run']}" / "model").glob("*"))
+        train.main(configs.training_keys([*line["words"], f"name=unbroken{i}"]))
+        assert line["figures"]["evaluation"] == reproduce.figures_of({"name": f"unbroken{i}"})["evaluation"]
+    text = (out / "table.md").read_text()
+    reproduce.main("tables", [], SETTINGS)
+    assert (out / "table.md").read_text() == text == reproduce.table("figure2", lines)
+
+
+@pytest.mark.parametrize("name", reproduce.EXPERIMENTS)
+def test_every_row_is_a_run_that_train_would_take(name):
+    rows = reproduce.EXPERIMENTS[name].rows()
+    labels = [reproduce.label_of(configs.training_keys([*row.words, "seed=0"])) for found in rows.values()
+              for row in found]
+    assert len(labels) == len(set(labels)) and list(rows) == ["RLVR", "RLIF"]
+    names = [(section, row.label, row.strength) for section, found in rows.items() for row in found]
+    assert len(names) == len(set(names))
+
+
+def test_bad_words_are_told_at_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for word in ("seeds=x", "stepz=3", "jobs=-1"):
+        with pytest.raises(configs.UserError, match=word.partition("=")[0]):
+            configs.own_words([word], reproduce.OWN)
+    with pytest.raises(configs.UserError, match="'figure9': give all, tables, or one of figure1, figure2"):
+        reproduce.main("figure9", [], SETTINGS)
+    command = [sys.executable, ROOT / "reproduce.py", "figure2", "seeds=x"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2 and "seeds=x" in result.stderr and len(result.stderr.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_committed_tables_follow_from_their_runs(name):
+    folder = ROOT / "results" / name
+    assert (folder / "table.md").read_text() == reproduce.table(name, lines_of(folder))
