@@ -67,6 +67,10 @@ class Experiment(NamedTuple):
     draw: object = None
 
 
+def default_lambda(section: str) -> float:
+    return float(PARADIGMS[section][-1].removeprefix("selection.kl_coef="))
+
+
 def figure2() -> dict[str, list[Row]]:
     """Section 4.4: the baseline and SCOPE."""
     return {name: [Row(BASELINE[name], (*words, "selection.strategy=none")),
@@ -85,7 +89,7 @@ def figure1() -> dict[str, list[Row]]:
     sections = {}
     for name, words in PARADIGMS.items():
         rows = [Row(BASELINE[name], (*words, "selection.strategy=none"))]
-        equal = float(words[-1].partition("=")[2]) / 0.05  # at q = 5 % the two forms are one
+        equal = default_lambda(name) / 0.05  # at q = 5 % the two forms are one
         for share in SHARES:
             selected = (*words, "selection.strategy=scope", f"selection.fraction={share}")
             rows.append(Row("mean over the selected", selected, share))
@@ -143,10 +147,15 @@ def common_words(words: list[str]) -> list[str]:
     return words
 
 
+def training_of(words: list[str]) -> dict:
+    """The keys that decide what a run computes."""
+    return {k: v for k, v in sorted(configs.training_keys(words).items()) if k not in checkpoint.MAY_DIFFER}
+
+
 def label_of(keys: dict) -> str:
-    """What a run is, whatever the order of its words."""
-    kept = {key: value for key, value in sorted(keys.items()) if key not in checkpoint.MAY_DIFFER}
-    return f"{zlib.crc32(json.dumps(kept).encode()):08x}"
+    """A short name of a run, by what differs from the defaults."""
+    defaults = configs.read_defaults()
+    return f"{zlib.crc32(json.dumps({k: v for k, v in keys.items() if v != defaults[k]}).encode()):08x}"
 
 
 def start(run: dict, slot: int, slots: int, settings: dict) -> subprocess.Popen:
@@ -179,12 +188,12 @@ def figures_of(run: dict) -> dict:
         if key in last[0]:
             training[key] = sum(row[key] for row in last) / len(last)
     evaluation = json.loads((folder / "evaluation.json").read_text())
-    evaluation = {Path(file).stem: {who: {name: round(found[0], 6) for name, found in metrics.items()}
-                                    for who, metrics in table.items()} for file, table in evaluation.items()}
+    evaluation = {who: {Path(file).stem: {name: round(found[0], 6) for name, found in table[who].items()}
+                        for file, table in evaluation.items()} for who in ("base", "trained")}
     for large in ("checkpoint", "model"):
         for file in sorted((folder / large).rglob("*")):
             file.unlink()
-    return {"training": {key: round(found, 6) for key, found in training.items()}, "evaluation": evaluation}
+    return {"training": {key: round(found, 6) for key, found in training.items()}} | evaluation
 
 
 def perform(name: str, words: list[str], settings: dict) -> list[dict]:
@@ -193,18 +202,25 @@ def perform(name: str, words: list[str], settings: dict) -> list[dict]:
     experiment, out = EXPERIMENTS[name], Path(settings["out"]) / name
     known = {}
     for file in sorted(Path(settings["out"]).glob("*/runs.jsonl")):
-        known |= {line["run"]: line for line in map(json.loads, file.read_text().splitlines())}
+        known |= {line["run"]: line for line in read_lines(file)}
     common = common_words(words)
     keys = configs.training_keys(common)
+    files = [Path(file).stem for file in configs.listed(keys["evaluation.data"])]
+    configs.require(name != "table1" or "validation" in files, "table1 chooses lambda on problems of their own: add a "
+                                                               "validation.jsonl to evaluation.data")
     toy.model_folder(keys["model"], configs.namespace(configs.nest(keys)))  # once, not by each of the first runs
     runs = []
     for seed in range(settings["first_seed"], settings["first_seed"] + (settings["seeds"] or experiment.seeds)):
         for section, rows in experiment.rows().items():
             for row in rows:
                 own = [*common, *row.words, f"seed={seed}"]
-                label = label_of(configs.training_keys(own))
+                keys = training_of(own)
+                label = label_of(keys)
                 runs.append({"section": section, "row": row.label, "strength": row.strength, "seed": seed,
-                             "run": label, "name": f"reproduce-{label}", "words": own})
+                             "run": label, "name": f"reproduce-{label}", "words": own, "keys": keys})
+                # A key that the program did not have then changes nothing; another value of one that it had does.
+                if label in known and any(known[label]["keys"].get(k, v) != v for k, v in keys.items()):
+                    del known[label]
     slots = settings["jobs"] or max(1, (torch.cuda.device_count() or os.cpu_count() or 1) // settings["ranks"])
     missing = list({run["run"]: run for run in runs if run["run"] not in known}.values())
     free, running = list(range(slots)), {}
@@ -220,7 +236,7 @@ def perform(name: str, words: list[str], settings: dict) -> list[dict]:
                     free.append(slot)
                     configs.require(process.returncode == 0, f"a run failed: see runs/{run['name']}.log, mend it, and "
                                                              "give the same command again")
-                    known[run["run"]] = {"figures": figures_of(run), **processes.versions()}
+                    known[run["run"]] = {"figures": figures_of(run), "keys": run["keys"], **processes.versions()}
                     write_lines(out, runs, known)
                     bar.update()
         finally:
@@ -231,12 +247,16 @@ def perform(name: str, words: list[str], settings: dict) -> list[dict]:
 
 def write_lines(out: Path, runs: list[dict], known: dict) -> list[dict]:
     """runs.jsonl: what this experiment calls each of its finished runs, and their figures."""
-    shared = ("figures", "commit", "python", "torch", "transformers", "device")
-    lines = [{key: run[key] for key in ("section", "row", "strength", "seed", "run", "words")}
+    shared = ("figures", "keys", "commit", "python", "torch", "transformers", "device")
+    lines = [{key: run[key] for key in ("section", "row", "strength", "seed", "run")}
              | {key: known[run["run"]][key] for key in shared} for run in runs if run["run"] in known]
     out.mkdir(parents=True, exist_ok=True)
     replace_text(out / "runs.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     return lines
+
+
+def read_lines(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
 
 # ---------------------------------------------------------------- tables
@@ -249,15 +269,13 @@ Written by `python reproduce.py {0}`. ± is half the 95 % interval over seeds (S
 
 
 def columns_of(lines: list[dict]) -> tuple[list[tuple], list[tuple]]:
-    """Accuracy on each benchmark and d_collapse on the first; Pass@k at the largest k. Not the validation set."""
-    files = lines[0]["figures"]["evaluation"]
+    """Pass@1, the mean accuracy of all samples, on each benchmark and d_collapse on the first; then Pass@k, k = n."""
+    files = lines[0]["figures"]["trained"]
     names = [name for name in files if name != "validation"]
-    metrics = files[names[0]]["trained"]
-    accuracy = next(metric for metric in metrics if metric.startswith("acc@"))
-    largest = [metric for metric in metrics if metric.startswith("pass@")][-1]
-    first = [(f"{accuracy.capitalize()} {name}", ("evaluation", name, "trained", accuracy)) for name in names]
-    first.append((f"d_collapse {names[0]}", ("evaluation", names[0], "trained", "d_collapse")))
-    return first, [(f"{largest.capitalize()} {name}", ("evaluation", name, "trained", largest)) for name in names]
+    largest = [metric for metric in files[names[0]] if metric.startswith("pass@")][-1]
+    first = [(f"Pass@1 {name}", ("trained", name, "pass@1")) for name in names]
+    first.append((f"d_collapse {names[0]}", ("trained", names[0], "d_collapse")))
+    return first, [(f"{largest.capitalize()} {name}", ("trained", name, largest)) for name in names]
 
 
 def pairs_of(rows: list[tuple], reference: str, section: str) -> list[tuple]:
@@ -277,31 +295,25 @@ def table(name: str, lines: list[dict]) -> str:
         [(key, ("training", key)) for key in ("seconds", "tokens/s", "length", "mem_gb")], [])
     for section in dict.fromkeys(line["section"] for line in lines):
         rows = report.by_row(lines, section)
-        for title, kept in choices(name, rows):
+        for title, kept in choices(name, rows, section):
             text.append(f"## {section}{title}\n")
-            base = [{**line, "figures": based(line["figures"])} for line in lines[:1]]
+            base = {("base model", None): {0: {"figures": {"trained": lines[0]["figures"]["base"]}}}}
             for columns in filter(None, (first, second)):
-                shown = ({("base model", None): {0: base[0]}} if name != "table4" else {}) | {r: rows[r] for r in kept}
+                shown = (base if second else {}) | {row: rows[row] for row in kept}
                 text.append(report.means(shown, columns))
                 for reference in experiment.references:
                     text.append(report.differences(rows, pairs_of(kept, reference, section), columns))
     return "\n".join(text)
 
 
-def choices(name: str, rows: dict) -> list[tuple[str, list[tuple]]]:
+def choices(name: str, rows: dict, section: str) -> list[tuple[str, list[tuple]]]:
     """Which rows a table shows: all; for table1 each at its own best lambda, then all at one lambda."""
     if name != "table1":
         return [("", list(rows))]
-    metric = next(iter(next(iter(rows.values())).values()))["figures"]["evaluation"]["4-numbers"]["trained"]
-    accuracy = next(key for key in metric if key.startswith("acc@"))
-    best = report.best_strength(rows, ("evaluation", "validation", "trained", accuracy))
-    common = [row for row in rows if row[1] in (None, 0.03)]
-    return [(", each at the λ of highest validation accuracy", best), (", all at λ = 0.03", common)]
-
-
-def based(figures: dict) -> dict:
-    """The base model's figures in the place of the trained one's."""
-    return figures | {"evaluation": {name: {"trained": found["base"]} for name, found in figures["evaluation"].items()}}
+    best = report.best_strength(rows, ("trained", "validation", "pass@1"))
+    common = default_lambda(section)
+    return [(", each at its λ of highest validation accuracy", best),
+            (f", all at λ = {common:g}", [row for row in rows if row[1] in (None, common)])]
 
 
 # ---------------------------------------------------------------- the command
@@ -322,8 +334,7 @@ def main(what: str, words: list[str], settings: dict) -> None:
     for name in names:
         out = Path(settings["out"]) / name
         if what == "tables":
-            file = out / "runs.jsonl"
-            lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+            lines = read_lines(out / "runs.jsonl")
         else:
             lines = perform(name, words, settings)
         if lines:

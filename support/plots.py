@@ -145,73 +145,72 @@ def panels(plot, lines: list[dict], width: float = 6.0):
 
 
 def trained(metric: str, file: str) -> tuple[str, ...]:
-    return "evaluation", file, "trained", metric
+    return "trained", file, metric
 
 
-def metrics_of(lines: list[dict]) -> tuple[list[str], str, str]:
-    """The benchmarks, the accuracy and the Pass@k of largest k."""
-    evaluation = lines[0]["figures"]["evaluation"]
-    files = [file for file in evaluation if file != "validation"]
-    metrics = list(evaluation[files[0]]["trained"])
-    return (files, next(m for m in metrics if m.startswith("acc@")), [m for m in metrics if m.startswith("pass@")][-1])
+def benchmarks(lines: list[dict]) -> tuple[list[str], str]:
+    """The problem files, and the Pass@k of largest k."""
+    found = lines[0]["figures"]["trained"]
+    files = [file for file in found if file != "validation"]
+    return files, [metric for metric in found[files[0]] if metric.startswith("pass@")][-1]
 
 
 def bars(plot, lines: list[dict]):
-    """Accuracy on each benchmark: a bar a row, its mean over seeds, and a dot a seed (paper's Figure 2)."""
-    files, accuracy, _ = metrics_of(lines)
+    """Pass@1 on each benchmark: a bar a row, its mean over seeds, and a dot a seed (paper's Figure 2)."""
+    files, _ = benchmarks(lines)
     figure, found = panels(plot, lines)
     for axis, section, rows in found:
         for i, (row, runs) in enumerate(rows.items()):
             for j, file in enumerate(files):
-                values = [report.value(line, trained(accuracy, file)) for line in runs.values()]
+                values = [report.value(line, trained("pass@1", file)) for line in runs.values()]
                 x = j + (i + 0.5) / len(rows) * 0.8 - 0.4
                 axis.bar(x, sum(values) / len(values), 0.75 / len(rows), color=f"C{i}", alpha=0.55,
                          label=report.name_of(row) if j == 0 else None)
                 axis.plot([x] * len(values), values, "k.", markersize=3)
         axis.set_xticks(range(len(files)), files)
-        axis.set(title=section, ylabel=accuracy.capitalize())
+        axis.set(title=section, ylabel="Pass@1")
         axis.legend(fontsize=7)
     return figure
 
 
 def over_strength(plot, lines: list[dict]):
-    """Accuracy on the first benchmark over q, a line a form, with 95 % intervals over seeds (paper's Figure 1)."""
-    files, accuracy, _ = metrics_of(lines)
+    """Pass@1 on the first benchmark over q, a line a form, with 95 % intervals over seeds (paper's Figure 1)."""
+    files, _ = benchmarks(lines)
     figure, found = panels(plot, lines)
     for axis, section, rows in found:
         forms = dict.fromkeys(label for label, strength in rows if strength is not None)
         zero = [runs for (_, strength), runs in rows.items() if strength is None]
         for form in forms:
             points = {0.0: zero[0]} | {strength: runs for (label, strength), runs in rows.items() if label == form}
-            found = [mean_interval([report.value(line, trained(accuracy, files[0])) for line in runs.values()])
+            found = [mean_interval([report.value(line, trained("pass@1", files[0])) for line in runs.values()])
                      for runs in points.values()]
             axis.errorbar([100 * q for q in points], [mean for mean, _ in found], [half for _, half in found],
                           marker="o", markersize=4, capsize=2, label=form)
         axis.set_xscale("symlog", linthresh=1)
         axis.set_xticks([100 * q for q in points], [f"{100 * q:g}" for q in points])
-        axis.set(title=section, xlabel="q, % of tokens that pay", ylabel=f"{accuracy.capitalize()} {files[0]}")
+        axis.set(title=section, xlabel="q, % of tokens that pay", ylabel=f"Pass@1, {files[0]}")
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
     return figure
 
 
 def frontier(plot, lines: list[dict]):
-    """Accuracy against Pass@k of the largest k on the first benchmark: a line a row through its strengths."""
-    files, accuracy, largest = metrics_of(lines)
+    """Pass@1 against Pass@k of the largest k on the first benchmark: a line a row through its strengths."""
+    files, largest = benchmarks(lines)
     figure, found = panels(plot, lines, width=7.0)
     for axis, section, rows in found:
         for i, label in enumerate(dict.fromkeys(label for label, _ in rows)):
             points = sorted((strength or 0.0, *(sum(report.value(line, trained(metric, files[0]))
                                                     for line in runs.values()) / len(runs)
-                                                for metric in (accuracy, largest)))
+                                                for metric in ("pass@1", largest)))
                             for (name, strength), runs in rows.items() if name == label)
             axis.plot([x for _, x, _ in points], [y for *_, y in points], marker="*" if len(points) == 1 else "o",
                       color=f"C{i % 10}", linestyle="-" if i < 10 else "--", markersize=5, label=label)
             for strength, x, y in points:
                 if strength:
                     axis.annotate(f"{strength:g}", (x, y), fontsize=5, xytext=(2, 2), textcoords="offset points")
-        axis.set(title=section, xlabel=f"{accuracy.capitalize()} {files[0]}",
-                 ylabel=f"{largest.capitalize()} {files[0]}")
+        axis.set(title=section, xlabel=f"Pass@1, {files[0]}",
+                 ylabel=f"{largest.capitalize()}, {files[0]}")
         axis.legend(fontsize=7)
         axis.grid(alpha=0.3)
     return figure
@@ -220,14 +219,14 @@ def frontier(plot, lines: list[dict]):
 def pass_at_k_over_seeds(plot, lines: list[dict]):
     """Pass@k of base and rows on the first benchmark, with 95 % intervals over seeds, and below the difference of the
     second row from the first (paper's Figures 3 and 4)."""
-    files, *_ = metrics_of(lines)
-    ks = [int(m[5:]) for m in lines[0]["figures"]["evaluation"][files[0]]["trained"] if m.startswith("pass@")]
+    files, _ = benchmarks(lines)
+    base = lines[0]["figures"]["base"][files[0]]
+    ks = [int(metric[5:]) for metric in base if metric.startswith("pass@")]
     sections = list(dict.fromkeys(line["section"] for line in lines))
     figure, axes = plot.subplots(2, len(sections), figsize=(5.5 * len(sections), 7), squeeze=False,
                                  layout="constrained", sharex=True)
     for column, section in enumerate(sections):
         rows = report.by_row(lines, section)
-        base = lines[0]["figures"]["evaluation"][files[0]]["base"]
         axes[0, column].plot(ks, [base[f"pass@{k}"] for k in ks], "k-.", label="base model")
         curves = {row: {k: {seed: report.value(line, trained(f"pass@{k}", files[0])) for seed, line in runs.items()}
                         for k in ks} for row, runs in rows.items()}

@@ -109,7 +109,8 @@ def test_training_and_evaluation_never_overlap(tmp_path):
     with pytest.raises(UserError, match="filter=level=9 leaves no problem.* 1, 2, 3, 4, 5, .*Algebra, Number"):
         data.problem_sets(config_of(f"data={file}", "data.filter=level=9"))
 
-    other = write(tmp_path / "other.jsonl", [*[row | {"solution": "x", "answer": "0"} for row in MATH[:4]], *GSM8K[:3]])
+    same = [row | {"solution": "x", "answer": "0", "problem": row["problem"].replace(" ", " \n ")} for row in MATH[:4]]
+    other = write(tmp_path / "other.jsonl", [*same, *GSM8K[:3]])  # spaces make no other problem
     training, heldout, notes = data.problem_sets(config_of(f"data={file}", f"evaluation.data={other}"))
     assert len(heldout[str(other)]) == 7 and len(training) == 26
     assert "4 of 30 problems" in notes[0] and "evaluation.data" in notes[0]

@@ -1,6 +1,7 @@
 """reproduce.py, end to end on runs of a second: killed and resumed, and its committed tables."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -50,8 +51,9 @@ def test_killed_and_resumed_the_same_table(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for i, line in enumerate(lines):  # the figures of an unbroken run of the same words
         assert not list((tmp_path / "runs" / f"reproduce-{line['run']}" / "model").glob("*"))
-        train.main(configs.training_keys([*line["words"], f"name=unbroken{i}"]))
-        assert line["figures"]["evaluation"] == reproduce.figures_of({"name": f"unbroken{i}"})["evaluation"]
+        train.main(configs.read_defaults() | line["keys"] | {"name": f"unbroken{i}"})
+        found = reproduce.figures_of({"name": f"unbroken{i}"})
+        assert [line["figures"][who] for who in ("base", "trained")] == [found[who] for who in ("base", "trained")]
     text = (out / "table.md").read_text()
     reproduce.main("tables", [], SETTINGS)
     assert (out / "table.md").read_text() == text == reproduce.table("figure2", lines)
@@ -60,7 +62,7 @@ def test_killed_and_resumed_the_same_table(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", reproduce.EXPERIMENTS)
 def test_every_row_is_a_run_that_train_would_take(name):
     rows = reproduce.EXPERIMENTS[name].rows()
-    labels = [reproduce.label_of(configs.training_keys([*row.words, "seed=0"])) for found in rows.values()
+    labels = [reproduce.label_of(reproduce.training_of([*row.words, "seed=0"])) for found in rows.values()
               for row in found]
     assert len(labels) == len(set(labels)) and list(rows) == ["RLVR", "RLIF"]
     names = [(section, row.label, row.strength) for section, found in rows.items() for row in found]
@@ -74,6 +76,8 @@ def test_bad_words_are_told_at_once(tmp_path, monkeypatch):
             configs.own_words([word], reproduce.OWN)
     with pytest.raises(configs.UserError, match="'figure9': give all, tables, or one of figure1, figure2"):
         reproduce.main("figure9", [], SETTINGS)
+    with pytest.raises(configs.UserError, match="validation.jsonl"):
+        reproduce.main("table1", ["evaluation.data=auto"], SETTINGS)
     command = [sys.executable, ROOT / "reproduce.py", "figure2", "seeds=x"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert result.returncode == 2 and "seeds=x" in result.stderr and len(result.stderr.splitlines()) == 1
@@ -84,3 +88,11 @@ def test_bad_words_are_told_at_once(tmp_path, monkeypatch):
 def test_committed_tables_follow_from_their_runs(name):
     folder = ROOT / "results" / name
     assert (folder / "table.md").read_text() == reproduce.table(name, lines_of(folder))
+
+
+def test_tables_of_the_pages_are_those_of_the_results():
+    found = [(file, block) for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+             for file, block in re.findall(r"<!-- (results/\S+) -->\n((?:\|.*\n)+)", page.read_text())]
+    assert len(found) >= 4
+    for file, block in found:
+        assert block in (ROOT / file).read_text(), block

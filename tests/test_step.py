@@ -253,6 +253,18 @@ def test_set_up(tmp_path, monkeypatch):
     assert {p.device.type for p in run(weights=False).policy.parameters()} == {"meta"}
 
 
+def test_the_config_reaches_the_sampler(monkeypatch):
+    config = config_of("temperature=0.7", "seed=3", "max_new_tokens=9", "rollout.batch_size=5", "rollout.segment=4",
+                       "selection.strategy=entropy_change")
+    given = {}
+    monkeypatch.setattr(rollout, "sample", lambda *arguments, **named: given.update(named))
+    problems = [{"numbers": [1, 3], "target": 5}]
+    run = steps.Run(config, ALONE, tiny_model(), toy.make_tokenizer(29), [1], problems)
+    steps.sample(run, problems, [0], 6)
+    assert given == {"stop": [1], "temperature": 0.7, "seed": 3, "step": 6, "max_new_tokens": 9, "batch_size": 5,
+                     "segment": 4, "collision": True}
+
+
 def test_order_of_problems():
     """Every epoch holds each problem at most once, the remainder dropped; another epoch, another order."""
     epochs = [[p for s in range(3) for p in steps.step_problems(list(range(10)), 3 * e + s, count=3, seed=0)]

@@ -119,7 +119,7 @@ def test_killed_and_resumed_is_the_unbroken_run(in_tmp, monkeypatch, killed_in):
 
 def test_the_schedule_the_samples_and_the_base_reach_the_run(in_tmp, monkeypatch):
     """Each update takes the rate of its step; evaluations in between are smaller; the table compares with the base."""
-    rates, sizes, update, evaluate = [], [], steps.update, train.evaluate.evaluate
+    rates, sizes, seeds, update, evaluate, select = [], [], [], steps.update, train.evaluate.evaluate, steps.select
 
     def spy(loss, optimizer, *arguments, **named):
         rates.append(optimizer.param_groups[0]["lr"])
@@ -131,12 +131,17 @@ def test_the_schedule_the_samples_and_the_base_reach_the_run(in_tmp, monkeypatch
 
     monkeypatch.setattr(steps, "update", spy)
     monkeypatch.setattr(train.evaluate, "evaluate", count)
-    train.main(configs.training_keys([*SMALL, "name=spied"]))
+    monkeypatch.setattr(steps, "select", lambda *arguments: seeds.append(arguments[-1]) or select(*arguments))
+    train.main(configs.training_keys([*SMALL, "name=spied", "log_every=3"]))
+    assert [row["step"] for row in read(Path("runs/spied/samples.jsonl"))] == [1, 1, 3, 3]
     config = config_of(*SMALL)
     assert rates == [train.learning_rate(step, config) for step in range(4)] and len(set(rates)) == 4
     assert sizes == [4, 2, 4]  # before, in between, after
     table = json.loads(Path("runs/spied/evaluation.json").read_text())["auto"]
     assert table["base"]["d_collapse"][0] == pytest.approx(0, abs=1e-9) and table["base"] != table["trained"]
+    train.main(configs.training_keys([*SMALL, "name=other", "seed=7", "steps=3"]))
+    assert len(set(seeds)) == 7 and sizes[3:] == [2, 4]  # random selections follow the seed; the base's is shared
+    assert train.evaluate.STEP < 0  # no step of training, so none of its draws
     base = train.evaluate.Evaluation.load("runs/spied/base_evaluation/auto.npz")
     assert table["base"]["entropy"][0] == pytest.approx(base.entropy.mean(), rel=1e-5)
 

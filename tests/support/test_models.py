@@ -98,9 +98,12 @@ def test_a_hub_out_of_reach_is_told_at_once(in_tmp):
         assert word in lines[0]
 
 
-def test_dropout_is_off_whatever_its_name(tmp_path):
-    shape = GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2, resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
-    GPT2LMHeadModel(shape).save_pretrained(tmp_path)
+@pytest.mark.parametrize("made", [
+    lambda: GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2, resid_pdrop=0.5, embd_pdrop=0.5,
+                                       attn_pdrop=0.5)),
+    lambda: tiny_model(attention_dropout=0.5)], ids=["of modules", "of functions"])
+def test_dropout_is_off_whatever_its_name(tmp_path, made):
+    made().save_pretrained(tmp_path)
     toy.make_tokenizer(20).save_pretrained(tmp_path)
     model, _ = models.load(str(tmp_path))
     tokens = torch.arange(10)[None]
