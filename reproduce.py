@@ -279,13 +279,15 @@ def columns_of(lines: list[dict]) -> tuple[list[tuple], list[tuple]]:
 
 
 def pairs_of(rows: list[tuple], reference: str, section: str) -> list[tuple]:
-    """Which rows are compared: with the section's baseline, with a row of that name, or each + SCOPE with its own."""
-    if reference == "alone":
-        return [(row, (row[0].removesuffix(" + SCOPE"), None)) for row in rows if row[0].endswith(" + SCOPE")]
-    name = BASELINE[section] if reference == "baseline" else reference
-    against = next(row for row in rows if row[0] == name)
-    return [(row, against) if reference == "baseline" else (against, row) for row in rows if row != against
-            and not (reference != "baseline" and row[0] == BASELINE[section])]
+    """(row, what it is compared with): the section's baseline; for SCOPE every other row; + SCOPE the same without."""
+    if reference == "baseline":
+        pairs = [(row, (BASELINE[section], None)) for row in rows if row[0] != BASELINE[section]]
+    elif reference == "alone":
+        pairs = [(row, (row[0].removesuffix(" + SCOPE"), None)) for row in rows if row[0].endswith(" + SCOPE")]
+    else:
+        pairs = [(own, row) for own in rows if own[0] == reference for row in rows
+                 if row[0] not in (reference, BASELINE[section])]
+    return [pair for pair in pairs if set(pair) <= set(rows)]  # some are not there yet
 
 
 def table(name: str, lines: list[dict]) -> str:
@@ -302,7 +304,8 @@ def table(name: str, lines: list[dict]) -> str:
                 shown = (base if second else {}) | {row: rows[row] for row in kept}
                 text.append(report.means(shown, columns))
                 for reference in experiment.references:
-                    text.append(report.differences(rows, pairs_of(kept, reference, section), columns))
+                    pairs = pairs_of(kept, reference, section)
+                    text += [report.differences(rows, pairs, columns)] if pairs else []
     return "\n".join(text)
 
 

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -42,6 +43,7 @@ def difference(one: Estimate, other: Estimate, *, resamples: int = 2000, seed: i
     return other.value - one.value, float(low), float(high)
 
 
+@cache
 def t_mass(freedom: int) -> tuple[np.ndarray, np.ndarray]:
     """u and P(|T| <= sqrt(freedom) tan u) for Student's t: its density in u is cos(u)^(freedom - 1)."""
     u = np.linspace(0, np.pi / 2, 50_001)

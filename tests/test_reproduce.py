@@ -23,7 +23,6 @@ def lines_of(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "runs.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.xdist_group("real runs")  # they take both cores
 def test_killed_and_resumed_the_same_table(tmp_path, monkeypatch):
     """Killed while its second run trains: it is taken up, the first not repeated, the table the same."""
     words = ["figure2", "seeds=1", "jobs=2", *SMALL, "steps=2"]
@@ -82,6 +81,36 @@ def test_bad_words_are_told_at_once(tmp_path, monkeypatch):
     result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert result.returncode == 2 and "seeds=x" in result.stderr and len(result.stderr.splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+def made_up(name: str, seeds: int) -> list[dict]:
+    """Lines as if every run had ended; figures that tell them apart."""
+    lines = []
+    for section, rows in reproduce.EXPERIMENTS[name].rows().items():
+        for i, row in enumerate(rows):
+            for seed in range(seeds):
+                found = {"pass@1": (i + seed) / 100, "pass@4": 0.5 + i / 100, "d_collapse": 0.1}
+                trained = {"4-numbers": found, "validation": {**found, "pass@1": -abs((row.strength or 0) - 0.1)}}
+                figures = {"base": trained, "trained": trained,
+                           "training": dict.fromkeys(("seconds", "tokens/s", "length", "mem_gb"), 1.0)}
+                lines.append({"section": section, "row": row.label, "strength": row.strength, "seed": seed,
+                              "figures": figures})
+    return lines
+
+
+@pytest.mark.parametrize("name", reproduce.EXPERIMENTS)
+def test_tables_of_whole_and_half_results(name):
+    lines = made_up(name, 2)
+    text = reproduce.table(name, lines)
+    assert "## RLVR" in text and "## RLIF" in text and "validation" not in text.replace("of highest validation", "")
+    for count in range(1, len(lines), 1 + len(lines) // 5):  # a killed experiment's, too
+        assert reproduce.table(name, lines[:count]).startswith(f"# {name}")
+    if name == "table1":
+        best, common = re.split("^## ", text, flags=re.M)[1:3]
+        assert "| SCOPE, 0.1 | 2 |" in best and "| SCOPE, 0.03 | 2 |" in common  # 0.1 is best on validation
+        assert "| SCOPE, 0.1 − Uniform, 0.1 |" in best and "| Uniform, 0.1 − GRPO |" in best
+    if name == "table2":
+        assert "| Div + SCOPE − Div | +0.010 ±0.000 (2/2) |" in text
 
 
 @pytest.mark.parametrize("name", RESULTS)
