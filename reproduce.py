@@ -7,7 +7,7 @@
     python reproduce.py figure2 recipe=recipes/qwen2.5-7b.yaml data=math/train.jsonl \\
         evaluation.data=[gsm8k.jsonl,math500.jsonl,amc.jsonl] ranks=4      # the same of real models, on GPUs
 
-Further words go to every run. Results: results/WHAT/runs.jsonl (a line a run), table.md, figure.png. Without a recipe
+Further words go to every run. Results: results/WHAT/runs.jsonl (a line a run), table.md, figure.png. Without recipe
 the columns are held-out Countdown: 4 numbers, which training has, and 3, 5 and larger ones, which it has not.
 """
 
@@ -65,6 +65,7 @@ class Experiment(NamedTuple):
     seeds: int
     references: tuple[str, ...] = ("baseline",)  # the rows that others are compared with
     draw: object = None
+    runs_of: str = ""  # another experiment, whose runs these are too
 
 
 def default_lambda(section: str) -> float:
@@ -117,8 +118,8 @@ EXPERIMENTS = {
     "figure2": Experiment(figure2, seeds=10, draw=plots.bars),
     "table1": Experiment(table1, seeds=5, references=("baseline", "SCOPE"), draw=plots.frontier),
     "table2": Experiment(table2, seeds=5, references=("alone",), draw=plots.bars),
-    "figure3": Experiment(figure2, seeds=10, draw=plots.pass_at_k_over_seeds),
-    "table4": Experiment(figure2, seeds=10),
+    "figure3": Experiment(figure2, seeds=10, draw=plots.pass_at_k_over_seeds, runs_of="figure2"),
+    "table4": Experiment(figure2, seeds=10, runs_of="figure2"),
 }
 
 # ---------------------------------------------------------------- runs
@@ -246,7 +247,7 @@ def perform(name: str, words: list[str], settings: dict) -> list[dict]:
 
 
 def write_lines(out: Path, runs: list[dict], known: dict) -> list[dict]:
-    """runs.jsonl: what this experiment calls each of its finished runs, and their figures."""
+    """runs.jsonl: the finished runs as this experiment calls them."""
     shared = ("figures", "keys", "commit", "python", "torch", "transformers", "device")
     lines = [{key: run[key] for key in ("section", "row", "strength", "seed", "run")}
              | {key: known[run["run"]][key] for key in shared} for run in runs if run["run"] in known]
@@ -268,14 +269,17 @@ Written by `python reproduce.py {0}`. ± is half the 95 % interval over seeds (S
 """
 
 
-def columns_of(lines: list[dict]) -> tuple[list[tuple], list[tuple]]:
-    """Pass@1, the mean accuracy of all samples, on each benchmark and d_collapse on the first; then Pass@k, k = n."""
-    files = lines[0]["figures"]["trained"]
-    names = [name for name in files if name != "validation"]
-    largest = [metric for metric in files[names[0]] if metric.startswith("pass@")][-1]
-    first = [(f"Pass@1 {name}", ("trained", name, "pass@1")) for name in names]
-    first.append((f"d_collapse {names[0]}", ("trained", names[0], "d_collapse")))
-    return first, [(f"{largest.capitalize()} {name}", ("trained", name, largest)) for name in names]
+def columns_of(name: str, lines: list[dict]) -> list[list[tuple]]:
+    """The columns of each table: mostly Pass@1, the mean of all samples, and d_collapse; then Pass@k, k = n."""
+    if name == "table4":
+        return [[(key, ("training", key)) for key in ("seconds", "tokens/s", "length", "mem_gb")]]
+    files, largest = plots.benchmarks(lines)
+    first, every_k = files[0], [key for key in lines[0]["figures"]["trained"][files[0]] if key.startswith("pass@")]
+    if name == "figure3":
+        return [[(f"{key.capitalize()} {first}", ("trained", first, key)) for key in every_k]]
+    accuracy = [(f"Pass@1 {file}", ("trained", file, "pass@1")) for file in files]
+    return [[*accuracy, (f"d_collapse {first}", ("trained", first, "d_collapse"))],
+            [(f"{largest.capitalize()} {file}", ("trained", file, largest)) for file in files]]
 
 
 def pairs_of(rows: list[tuple], reference: str, section: str) -> list[tuple]:
@@ -293,15 +297,13 @@ def pairs_of(rows: list[tuple], reference: str, section: str) -> list[tuple]:
 def table(name: str, lines: list[dict]) -> str:
     """table.md: for each section the means, then the paired differences, accuracy first, then breadth."""
     experiment, text = EXPERIMENTS[name], [HEAD.format(name)]
-    first, second = columns_of(lines) if name != "table4" else (
-        [(key, ("training", key)) for key in ("seconds", "tokens/s", "length", "mem_gb")], [])
     for section in dict.fromkeys(line["section"] for line in lines):
         rows = report.by_row(lines, section)
         for title, kept in choices(name, rows, section):
             text.append(f"## {section}{title}\n")
             base = {("base model", None): {0: {"figures": {"trained": lines[0]["figures"]["base"]}}}}
-            for columns in filter(None, (first, second)):
-                shown = (base if second else {}) | {row: rows[row] for row in kept}
+            for columns in columns_of(name, lines):
+                shown = (base if name != "table4" else {}) | {row: rows[row] for row in kept}
                 text.append(report.means(shown, columns))
                 for reference in experiment.references:
                     pairs = pairs_of(kept, reference, section)
@@ -323,10 +325,10 @@ def choices(name: str, rows: dict, section: str) -> list[tuple[str, list[tuple]]
 
 
 def show(name: str, lines: list[dict], out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
     replace_text(out / "table.md", table(name, lines))
-    print(f"written: {out}/runs.jsonl, {out}/table.md")
-    draw = EXPERIMENTS[name].draw
-    if draw:
+    print(f"written: {out}/table.md, of {len(lines)} runs")
+    if draw := EXPERIMENTS[name].draw:
         print(plots.picture(out / "figure.png", lambda plot: draw(plot, lines)))
 
 
@@ -335,13 +337,10 @@ def main(what: str, words: list[str], settings: dict) -> None:
     configs.require(what in {"all", "tables", *EXPERIMENTS}, f"{what!r}: give all, tables, or one of "
                                                              f"{', '.join(EXPERIMENTS)}")
     for name in names:
-        out = Path(settings["out"]) / name
-        if what == "tables":
-            lines = read_lines(out / "runs.jsonl")
-        else:
-            lines = perform(name, words, settings)
-        if lines:
-            show(name, lines, out)
+        runs_of = EXPERIMENTS[name].runs_of or name
+        file = Path(settings["out"]) / runs_of / "runs.jsonl"
+        if lines := read_lines(file) if what == "tables" else perform(runs_of, words, settings):
+            show(name, lines, Path(settings["out"]) / name)
 
 
 if __name__ == "__main__":

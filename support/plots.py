@@ -167,6 +167,9 @@ def bars(plot, lines: list[dict]):
                 axis.bar(x, sum(values) / len(values), 0.75 / len(rows), color=f"C{i}", alpha=0.55,
                          label=report.name_of(row) if j == 0 else None)
                 axis.plot([x] * len(values), values, "k.", markersize=3)
+        for j, file in enumerate(files):
+            axis.hlines(lines[0]["figures"]["base"][file]["pass@1"], j - 0.45, j + 0.45, colors="k", linestyles=":",
+                        label="base model" if j == 0 else None)
         axis.set_xticks(range(len(files)), files)
         axis.set(title=section, ylabel="Pass@1")
         axis.legend(fontsize=7)
