@@ -23,8 +23,8 @@ if __name__ == "__main__":  # before torch is imported: a typo is reported at on
 
 import json
 import os
+import shutil
 import subprocess
-import time
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -142,7 +142,7 @@ def countdown_sets(config) -> list[str]:
 def common_words(words: list[str]) -> list[str]:
     """What every run is given. Without a recipe or data: the benchmarks of Countdown."""
     words = ["evaluation.every=0", "evaluation.samples=64", "save_every=50", *words]
-    if not any(word.startswith(("recipe=", "data=", "model=", "evaluation.data=")) for word in words):
+    if not any(word.startswith(("recipe=", "data", "model=", "evaluation.data=")) for word in words):
         config = configs.namespace(configs.nest(configs.training_keys(words)))
         words.append(f"evaluation.data=[{','.join(countdown_sets(config))}]")
     return words
@@ -162,6 +162,8 @@ def label_of(keys: dict) -> str:
 def start(run: dict, slot: int, slots: int, settings: dict) -> subprocess.Popen:
     """One run of train.py, from its last save if it has one; its output goes to runs/reproduce-ID.log."""
     folder = Path("runs") / run["name"]
+    if not (folder / "config.yaml").is_file():
+        shutil.rmtree(folder, ignore_errors=True)  # killed before it began
     words = [*run["words"], f"name={run['name']}", f"resume={str((folder / 'config.yaml').is_file()).lower()}"]
     ranks, gpus = settings["ranks"], torch.cuda.device_count()
     program = [sys.executable, str(Path(__file__).with_name("train.py"))]
@@ -169,15 +171,16 @@ def start(run: dict, slot: int, slots: int, settings: dict) -> subprocess.Popen:
         program[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     environment = dict(os.environ)
     if gpus:
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(str(slot * ranks + i) for i in range(ranks))
+        first = slot % max(1, gpus // ranks) * ranks
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(str(first + i) for i in range(ranks))
     else:
         environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // (slots * ranks)))
     return processes.start([*program, *words], folder.with_suffix(".log"), environment)
 
 
-def figures_of(run: dict) -> dict:
-    """Every figure of a finished run; its weights, which nobody asks for again, are deleted."""
-    folder = Path("runs") / run["name"]
+def figures_of(name: str) -> dict:
+    """Every figure of a finished run."""
+    folder = Path("runs") / name
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if "loss" in row]
     last = rows[-max(1, len(rows) // 10):]
@@ -191,15 +194,11 @@ def figures_of(run: dict) -> dict:
     evaluation = json.loads((folder / "evaluation.json").read_text())
     evaluation = {who: {Path(file).stem: {name: round(found[0], 6) for name, found in table[who].items()}
                         for file, table in evaluation.items()} for who in ("base", "trained")}
-    for large in ("checkpoint", "model"):
-        for file in sorted((folder / large).rglob("*")):
-            file.unlink()
     return {"training": {key: round(found, 6) for key, found in training.items()}} | evaluation
 
 
 def perform(name: str, words: list[str], settings: dict) -> list[dict]:
-    """All runs of an experiment; each is a line of runs.jsonl as soon as it is done. Seed by seed, so that what a
-    kill leaves is whole for the first seeds. Returns the lines."""
+    """All runs of an experiment, seed by seed; each a line of runs.jsonl as soon as it is done. Returns the lines."""
     experiment, out = EXPERIMENTS[name], Path(settings["out"]) / name
     known = {}
     for file in sorted(Path(settings["out"]).glob("*/runs.jsonl")):
@@ -219,38 +218,40 @@ def perform(name: str, words: list[str], settings: dict) -> list[dict]:
                 label = label_of(keys)
                 runs.append({"section": section, "row": row.label, "strength": row.strength, "seed": seed,
                              "run": label, "name": f"reproduce-{label}", "words": own, "keys": keys})
-                # A key that the program did not have then changes nothing; another value of one that it had does.
                 if label in known and any(known[label]["keys"].get(k, v) != v for k, v in keys.items()):
                     del known[label]
     slots = settings["jobs"] or max(1, (torch.cuda.device_count() or os.cpu_count() or 1) // settings["ranks"])
+    others = lines_of_other_seeds(out, runs)
     missing = list({run["run"]: run for run in runs if run["run"] not in known}.values())
-    free, running = list(range(slots)), {}
     with tqdm(total=len(missing), desc=name, unit="run") as bar:
-        try:
-            while missing or running:
-                while missing and free:
-                    run, slot = missing.pop(0), free.pop(0)
-                    running[start(run, slot, slots, settings)] = run, slot
-                time.sleep(0.2)
-                for process in [process for process in running if process.poll() is not None]:
-                    run, slot = running.pop(process)
-                    free.append(slot)
-                    configs.require(process.returncode == 0, f"a run failed: see runs/{run['name']}.log, mend it, and "
-                                                             "give the same command again")
-                    known[run["run"]] = {"figures": figures_of(run), "keys": run["keys"], **processes.versions()}
-                    write_lines(out, runs, known)
-                    bar.update()
-        finally:
-            for process in running:
-                process.terminate()
-    return write_lines(out, runs, known)
+        for run, status in processes.in_parallel(missing, slots, lambda run, slot: start(run, slot, slots, settings)):
+            configs.require(status == 0, f"a run failed: see runs/{run['name']}.log; then give the same command again")
+            known[run["run"]] = {"figures": figures_of(run["name"]), "keys": run["keys"], **processes.versions()}
+            write_lines(out, runs, known, others)
+            for large in ("checkpoint", "model"):  # nobody asks for the weights again
+                shutil.rmtree(Path("runs") / run["name"] / large)
+            bar.update()
+    return write_lines(out, runs, known, others)
 
 
-def write_lines(out: Path, runs: list[dict], known: dict) -> list[dict]:
+def lines_of_other_seeds(out: Path, runs: list[dict]) -> list[dict]:
+    """The lines of an earlier command that are not among `runs`; refused if that had other settings."""
+    shared = {key: value for key, value in runs[0]["keys"].items()
+              if key != "seed" and all(run["keys"][key] == value for run in runs)}
+    lines = read_lines(out / "runs.jsonl")
+    for line in lines:
+        for key, value in shared.items():  # a key that the program did not have then changes nothing
+            configs.require(line["keys"].get(key, value) == value,
+                            f"{out} holds runs of {key}={line['keys'].get(key)}, not {value}: give another out=")
+    labels = {run["run"] for run in runs}
+    return [line for line in lines if line["run"] not in labels]
+
+
+def write_lines(out: Path, runs: list[dict], known: dict, others: list[dict]) -> list[dict]:
     """runs.jsonl: the finished runs as this experiment calls them."""
     shared = ("figures", "keys", "commit", "python", "torch", "transformers", "device")
     lines = [{key: run[key] for key in ("section", "row", "strength", "seed", "run")}
-             | {key: known[run["run"]][key] for key in shared} for run in runs if run["run"] in known]
+             | {key: known[run["run"]][key] for key in shared} for run in runs if run["run"] in known] + others
     out.mkdir(parents=True, exist_ok=True)
     replace_text(out / "runs.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     return lines

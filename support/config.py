@@ -142,7 +142,7 @@ def own_words(arguments: list[str], own: dict) -> tuple[dict, list[str]]:
     rest = [word for word in arguments if word not in mine]
     settings = override(own, mine)
     for key, value in settings.items():
-        require(not isinstance(value, int) or value >= 0, f"{key}={value}: give a number of at least 0")
+        require(not isinstance(value, int) or value >= min(own[key], 1), f"{key}={value}: give at least {own[key]}")
     training_keys(rest)
     return settings, rest
 

@@ -4,6 +4,8 @@ import platform
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -22,6 +24,25 @@ def end_with_parent() -> None:
         import ctypes
 
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def in_parallel(jobs: list, slots: int, begin: Callable) -> Iterator[tuple]:
+    """Begins the jobs in order, `slots` at a time: `begin(job, slot)` returns a process. Yields (job, exit status) as
+    they end. Whoever leaves the loop early ends the others."""
+    waiting, free, running = list(jobs), list(range(slots)), {}
+    try:
+        while waiting or running:
+            while waiting and free:
+                job, slot = waiting.pop(0), free.pop(0)
+                running[begin(job, slot)] = job, slot
+            time.sleep(0.2)
+            for process in [process for process in running if process.poll() is not None]:
+                job, slot = running.pop(process)
+                free.append(slot)
+                yield job, process.returncode
+    finally:
+        for process in running:
+            process.terminate()
 
 
 def versions() -> dict[str, str]:

@@ -51,11 +51,17 @@ def test_killed_and_resumed_the_same_table(tmp_path, monkeypatch):
     for i, line in enumerate(lines):  # the figures of an unbroken run of the same words
         assert not list((tmp_path / "runs" / f"reproduce-{line['run']}" / "model").glob("*"))
         train.main(configs.read_defaults() | line["keys"] | {"name": f"unbroken{i}"})
-        found = reproduce.figures_of({"name": f"unbroken{i}"})
+        found = reproduce.figures_of(f"unbroken{i}")
         assert [line["figures"][who] for who in ("base", "trained")] == [found[who] for who in ("base", "trained")]
     text = (out / "table.md").read_text()
     reproduce.main("tables", [], SETTINGS)
     assert (out / "table.md").read_text() == text == reproduce.table("figure2", lines)
+    assert reproduce.perform("figure2", words[3:], SETTINGS | {"seeds": 1}) == lines  # nothing left to run
+    with pytest.raises(configs.UserError, match="holds runs of steps=2, not 3: give another out="):
+        reproduce.perform("figure2", [*SMALL, "steps=3"], SETTINGS)
+    other = [{"run": "x", "keys": line["keys"] | {"seed": 9}} for line in lines]
+    assert reproduce.lines_of_other_seeds(out, other) == lines  # fewer or other seeds lose no line
+
 
 
 @pytest.mark.parametrize("name", reproduce.EXPERIMENTS)
@@ -70,7 +76,7 @@ def test_every_row_is_a_run_that_train_would_take(name):
 
 def test_bad_words_are_told_at_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for word in ("seeds=x", "stepz=3", "jobs=-1"):
+    for word in ("seeds=x", "stepz=3", "jobs=-1", "ranks=0"):
         with pytest.raises(configs.UserError, match=word.partition("=")[0]):
             configs.own_words([word], reproduce.OWN)
     with pytest.raises(configs.UserError, match="'figure9': give all, tables, or one of figure1, figure2"):
