@@ -9,12 +9,13 @@ import json
 import random
 import re
 import zlib
+from pathlib import Path
 
 from grading import GRADERS, answer_key, extract_answer, gold_answer
 from rewards import solves_countdown
 from support import models
 from support.config import UserError, listed, print_notes, require
-from support.files import read_text
+from support.files import read_text, replace_text
 
 
 def is_heldout(numbers: list[int], target: int) -> bool:
@@ -61,6 +62,20 @@ def countdown(count: int, *, heldout: bool, numbers: int, largest: int, limit: i
             return list(problems.values())
     raise UserError(f"countdown: fewer than {count} different problems exist at numbers={numbers}, "
                     f"largest={largest}, limit={limit}: ask for fewer, or enlarge one of these")
+
+
+def benchmarks(folder: Path, countdown_keys: dict) -> list[str]:
+    """Files of held-out problems, made in `folder`: of training's kind, of others, and more of training's kind."""
+    files = []
+    kinds = {"4-numbers": (100, {}), "3-numbers": (64, {"numbers": 3}), "5-numbers": (64, {"numbers": 5}),
+             "larger": (64, {"largest": 50}), "validation": (164, {})}
+    for name, (count, changes) in kinds.items():
+        problems = countdown(count, heldout=True, **countdown_keys | changes)
+        rows = problems[100:] if name == "validation" else problems  # those after 4-numbers' own
+        folder.mkdir(parents=True, exist_ok=True)
+        files.append(folder / f"{name}.jsonl")
+        replace_text(files[-1], "".join(json.dumps(row) + "\n" for row in rows))
+    return [str(file) for file in files]
 
 
 # ---------------------------------------------------------------- files

@@ -15,7 +15,10 @@ import sys
 
 from support import config as configs
 
-OWN = {"seeds": 0, "first_seed": 0, "jobs": 0, "ranks": 1, "out": "results"}  # 0: as many as the experiment, the cores
+OWN = {"seeds": 0, "first_seed": 0,  # 0 seeds: as many as the experiment has
+       "jobs": 0, "ranks": 1,  # runs at a time (0: as many as there are cores or GPUs for), processes of each
+       "rlvr_lambda": 0.03, "rlif_lambda": 0.3,  # where an experiment does not vary it; chosen on seed 1000, unreported
+       "out": "results"}
 
 if __name__ == "__main__":  # before torch is imported: a typo is reported at once
     with configs.one_line_errors():
@@ -39,14 +42,14 @@ from support.files import replace_text
 
 # ---------------------------------------------------------------- what the paper's names stand for
 
-# Without a verifier lambda = 0.03 loses most of the accuracy: the strengths were chosen on seed 1000, not reported.
-PARADIGMS = {"RLVR": ("selection.kl_coef=0.03",), "RLIF": ("reward=self_certainty", "selection.kl_coef=0.3")}
+PARADIGMS = {"RLVR": ("reward=accuracy",), "RLIF": ("reward=self_certainty",)}
 BASELINE = {"RLVR": "GRPO", "RLIF": "INTUITOR"}
 SELECTIONS = {"Uniform": "uniform", "Positive-Adv.": "positive", "Forking": "forking",
               "Fork + Adv.": "forking_positive", "Non-Forking": "non_forking", "KL-Cov": "covariance",
               "SCOPE": "scope", "all tokens": "all", "SCOPE + residual": "residual",
               "entropy change": "entropy_change"}  # the last three are not the paper's
 LAMBDAS = (0.01, 0.03, 0.1, 0.3)
+COMMON = {"RLVR": 0.03, "RLIF": 0.3}  # the one lambda of Table 1's second half
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 
@@ -68,39 +71,42 @@ class Experiment(NamedTuple):
     runs_of: str = ""  # another experiment, whose runs these are too
 
 
-def default_lambda(section: str) -> float:
-    return float(PARADIGMS[section][-1].removeprefix("selection.kl_coef="))
+def baseline(section: str, lambdas: dict) -> Row:
+    return Row(BASELINE[section], (*PARADIGMS[section], "selection.strategy=none", lambdas[section]))
 
 
-def figure2() -> dict[str, list[Row]]:
+def figure2(lambdas: dict) -> dict[str, list[Row]]:
     """Section 4.4: the baseline and SCOPE."""
-    return {name: [Row(BASELINE[name], (*words, "selection.strategy=none")),
-                   Row("SCOPE", (*words, "selection.strategy=scope"))] for name, words in PARADIGMS.items()}
+    return {name: [baseline(name, lambdas), Row("SCOPE", (*words, "selection.strategy=scope", lambdas[name]))]
+            for name, words in PARADIGMS.items()}
 
 
-def table1() -> dict[str, list[Row]]:
+def table1(lambdas: dict) -> dict[str, list[Row]]:
     """Section 4.2: which tokens pay, each at several lambda."""
-    return {name: [Row(BASELINE[name], (*words, "selection.strategy=none"))]
+    return {name: [baseline(name, lambdas)]
             + [Row(label, (*words, f"selection.strategy={strategy}", f"selection.kl_coef={value}"), value)
                for value in LAMBDAS for label, strategy in SELECTIONS.items()] for name, words in PARADIGMS.items()}
 
 
-def figure1() -> dict[str, list[Row]]:
-    """Section 4.1: how many tokens pay; lambda over the selected ones, Eq. 15, or the same lambda for each token."""
+def figure1(lambdas: dict) -> dict[str, list[Row]]:
+    """Section 4.1: how many tokens pay; lambda over the selected ones, Eq. 15, or the same lambda for each token.
+
+    At 100 % all pay. Below, only tokens of a score above 0 can, about a third of them: more is not taken.
+    """
     sections = {}
     for name, words in PARADIGMS.items():
-        rows = [Row(BASELINE[name], (*words, "selection.strategy=none"))]
-        equal = default_lambda(name) / 0.05  # at q = 5 % the two forms are one
+        rows = [baseline(name, lambdas)]
+        equal = float(lambdas[name].partition("=")[2]) / 0.05  # at q = 5 % the two forms are one
         for share in SHARES:
-            selected = (*words, "selection.strategy=scope", f"selection.fraction={share}")
-            rows.append(Row("mean over the selected", selected, share))
+            selected = (*words, f"selection.strategy={'scope' if share < 1 else 'all'}", f"selection.fraction={share}")
+            rows.append(Row("mean over the selected", (*selected, lambdas[name]), share))
             rows.append(Row("constant for a token", (*selected, f"selection.kl_coef={equal:g}",
                                                      "selection.normaliser=tokens"), share))
         sections[name] = rows
     return sections
 
 
-def table2() -> dict[str, list[Row]]:
+def table2(lambdas: dict) -> dict[str, list[Row]]:
     """Section 4.3: other objectives and rewards, alone and with SCOPE."""
     methods = {"RLVR": {"Forking RL": "objective=forking_rl", "Div": "objective=div",
                         "KL-Cov": "objective=kl_cov", "Clip-Cov": "objective=clip_cov"},
@@ -108,7 +114,7 @@ def table2() -> dict[str, list[Row]]:
                         "Traj-Entropy": "reward=trajectory_likelihood", "EM-RL token": "reward=trajectory_entropy"}}
     off_policy = {"KL-Cov": ("grpo.updates_per_rollout=2",)}  # its penalty is to the policy that sampled
     return {section: [Row(label + suffix, (*PARADIGMS[section], word, f"selection.strategy={strategy}",
-                                           *off_policy.get(label, ())))
+                                           lambdas[section], *off_policy.get(label, ())))
                       for label, word in found.items() for suffix, strategy in (("", "none"), (" + SCOPE", "scope"))]
             for section, found in methods.items()}
 
@@ -125,27 +131,41 @@ EXPERIMENTS = {
 # ---------------------------------------------------------------- runs
 
 
-def countdown_sets(config) -> list[str]:
-    """Files of held-out problems, the benchmarks of the embedded default; `validation` chooses lambda, unshown."""
-    folder, files = Path("runs") / "reproduce-problems", []
-    kinds = {"4-numbers": (100, {}), "3-numbers": (64, {"numbers": 3}), "5-numbers": (64, {"numbers": 5}),
-             "larger": (64, {"largest": 50}), "validation": (164, {})}
-    for name, (count, changes) in kinds.items():
-        problems = data.countdown(count, heldout=True, **vars(config.countdown) | changes)
-        rows = problems[100:] if name == "validation" else problems  # those after 4-numbers' own
-        folder.mkdir(parents=True, exist_ok=True)
-        files.append(folder / f"{name}.jsonl")
-        replace_text(files[-1], "".join(json.dumps(row) + "\n" for row in rows))
-    return [str(file) for file in files]
+def own_problems(words: list[str]) -> bool:
+    return any(word.startswith(("recipe=", "data=", "data.file=", "model=", "evaluation.data=")) for word in words)
 
 
 def common_words(words: list[str]) -> list[str]:
     """What every run is given. Without a recipe or data: the benchmarks of Countdown."""
+    if own_problems(words):
+        return words
     words = ["evaluation.every=0", "evaluation.samples=64", "save_every=50", *words]
-    if not any(word.startswith(("recipe=", "data", "model=", "evaluation.data=")) for word in words):
-        config = configs.namespace(configs.nest(configs.training_keys(words)))
-        words.append(f"evaluation.data=[{','.join(countdown_sets(config))}]")
-    return words
+    keys = configs.nest(configs.training_keys(words))
+    files = data.benchmarks(Path("runs") / "reproduce-problems", keys["countdown"])
+    return [*words, f"evaluation.data=[{','.join(files)}]"]
+
+
+def check(names: list[str], words: list[str], settings: dict) -> None:
+    """Refuses, before any run, what would be overridden or could not be shown."""
+    taken = {"seed", "name", "resume", "dry_run", "selection.kl_coef"}
+    for name in names:
+        taken |= {configs.SHORT.get(key, key) for rows in EXPERIMENTS[name].rows(lambdas_of(settings)).values()
+                  for row in rows for key in (word.partition("=")[0] for word in row.words)}
+    for word in words:
+        key = configs.SHORT.get(word.partition("=")[0], word.partition("=")[0])
+        configs.require(key not in taken, f"{word}: the rows of {', '.join(names)} set it themselves"
+                                          + "; give rlvr_lambda= or rlif_lambda=" * (key == "selection.kl_coef"))
+    files = [Path(file).stem for file in configs.listed(configs.training_keys(words)["evaluation.data"])]
+    configs.require(len(set(files)) == len(files) and files != ["validation"],
+                    f"evaluation.data: {files}: give files of different names, and not validation.jsonl alone")
+    configs.require("table1" not in names or "validation" in files or not own_problems(words),
+                    "table1 chooses lambda on problems of their own: add a validation.jsonl to evaluation.data")
+    gpus = torch.cuda.device_count()
+    configs.require(not gpus or settings["ranks"] <= gpus, f"ranks={settings['ranks']}: there are {gpus} GPUs")
+
+
+def lambdas_of(settings: dict) -> dict[str, str]:
+    return {name: f"selection.kl_coef={settings[f'{name.lower()}_lambda']:g}" for name in PARADIGMS}
 
 
 def training_of(words: list[str]) -> dict:
@@ -154,13 +174,18 @@ def training_of(words: list[str]) -> dict:
 
 
 def label_of(keys: dict) -> str:
-    """A short name of a run, by what differs from the defaults."""
+    """What a run is called in runs.jsonl, by what differs from the defaults: a new key changes nothing."""
     defaults = configs.read_defaults()
     return f"{zlib.crc32(json.dumps({k: v for k, v in keys.items() if v != defaults[k]}).encode()):08x}"
 
 
+def name_of(keys: dict) -> str:
+    """Its folder in runs/: all of its keys, so that a changed default is another folder."""
+    return f"reproduce-{zlib.crc32(json.dumps(keys).encode()):08x}"
+
+
 def start(run: dict, slot: int, slots: int, settings: dict) -> subprocess.Popen:
-    """One run of train.py, from its last save if it has one; its output goes to runs/reproduce-ID.log."""
+    """One run of train.py, from its last save if it has one; its output goes to runs/NAME.log."""
     folder = Path("runs") / run["name"]
     if not (folder / "config.yaml").is_file():
         shutil.rmtree(folder, ignore_errors=True)  # killed before it began
@@ -171,30 +196,12 @@ def start(run: dict, slot: int, slots: int, settings: dict) -> subprocess.Popen:
         program[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     environment = dict(os.environ)
     if gpus:
-        first = slot % max(1, gpus // ranks) * ranks
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(str(first + i) for i in range(ranks))
+        ours = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
+        first = slot % (gpus // ranks) * ranks
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(ours[first : first + ranks])
     else:
         environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // (slots * ranks)))
     return processes.start([*program, *words], folder.with_suffix(".log"), environment)
-
-
-def figures_of(name: str) -> dict:
-    """Every figure of a finished run."""
-    folder = Path("runs") / name
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    rows = [row for row in rows if "loss" in row]
-    last = rows[-max(1, len(rows) // 10):]
-    seconds = [sum(value for key, value in row.items() if key.startswith("time/")) for row in rows]
-    training = {"seconds": sum(seconds), "tokens": sum(row["tokens"] for row in rows),
-                "tokens/s": sum(row["tokens"] for row in rows) / sum(seconds),
-                "length": sum(row["length/mean"] for row in rows) / len(rows), "mem_gb": rows[-1]["mem_gb"]}
-    for key in ("reward/accuracy", "entropy", "kl/selected", "selection/fraction", "selection/branching"):
-        if key in last[0]:
-            training[key] = sum(row[key] for row in last) / len(last)
-    evaluation = json.loads((folder / "evaluation.json").read_text())
-    evaluation = {who: {Path(file).stem: {name: round(found[0], 6) for name, found in table[who].items()}
-                        for file, table in evaluation.items()} for who in ("base", "trained")}
-    return {"training": {key: round(found, 6) for key, found in training.items()}} | evaluation
 
 
 def perform(name: str, words: list[str], settings: dict) -> list[dict]:
@@ -202,49 +209,34 @@ def perform(name: str, words: list[str], settings: dict) -> list[dict]:
     experiment, out = EXPERIMENTS[name], Path(settings["out"]) / name
     known = {}
     for file in sorted(Path(settings["out"]).glob("*/runs.jsonl")):
-        known |= {line["run"]: line for line in read_lines(file)}
+        known |= {line["run"]: line for line in report.read_lines(file)}
     common = common_words(words)
     keys = configs.training_keys(common)
-    files = [Path(file).stem for file in configs.listed(keys["evaluation.data"])]
-    configs.require(name != "table1" or "validation" in files, "table1 chooses lambda on problems of their own: add a "
-                                                               "validation.jsonl to evaluation.data")
     toy.model_folder(keys["model"], configs.namespace(configs.nest(keys)))  # once, not by each of the first runs
     runs = []
     for seed in range(settings["first_seed"], settings["first_seed"] + (settings["seeds"] or experiment.seeds)):
-        for section, rows in experiment.rows().items():
+        for section, rows in experiment.rows(lambdas_of(settings)).items():
             for row in rows:
                 own = [*common, *row.words, f"seed={seed}"]
                 keys = training_of(own)
                 label = label_of(keys)
                 runs.append({"section": section, "row": row.label, "strength": row.strength, "seed": seed,
-                             "run": label, "name": f"reproduce-{label}", "words": own, "keys": keys})
+                             "run": label, "name": name_of(keys), "words": own, "keys": keys})
                 if label in known and any(known[label]["keys"].get(k, v) != v for k, v in keys.items()):
                     del known[label]
     slots = settings["jobs"] or max(1, (torch.cuda.device_count() or os.cpu_count() or 1) // settings["ranks"])
-    others = lines_of_other_seeds(out, runs)
+    others = report.lines_of_other_seeds(out, runs)
     missing = list({run["run"]: run for run in runs if run["run"] not in known}.values())
     with tqdm(total=len(missing), desc=name, unit="run") as bar:
         for run, status in processes.in_parallel(missing, slots, lambda run, slot: start(run, slot, slots, settings)):
             configs.require(status == 0, f"a run failed: see runs/{run['name']}.log; then give the same command again")
-            known[run["run"]] = {"figures": figures_of(run["name"]), "keys": run["keys"], **processes.versions()}
+            folder = Path("runs") / run["name"]
+            known[run["run"]] = {"figures": report.figures_of(folder), "keys": run["keys"], **processes.versions()}
             write_lines(out, runs, known, others)
             for large in ("checkpoint", "model"):  # nobody asks for the weights again
-                shutil.rmtree(Path("runs") / run["name"] / large)
+                shutil.rmtree(folder / large)
             bar.update()
     return write_lines(out, runs, known, others)
-
-
-def lines_of_other_seeds(out: Path, runs: list[dict]) -> list[dict]:
-    """The lines of an earlier command that are not among `runs`; refused if that had other settings."""
-    shared = {key: value for key, value in runs[0]["keys"].items()
-              if key != "seed" and all(run["keys"][key] == value for run in runs)}
-    lines = read_lines(out / "runs.jsonl")
-    for line in lines:
-        for key, value in shared.items():  # a key that the program did not have then changes nothing
-            configs.require(line["keys"].get(key, value) == value,
-                            f"{out} holds runs of {key}={line['keys'].get(key)}, not {value}: give another out=")
-    labels = {run["run"] for run in runs}
-    return [line for line in lines if line["run"] not in labels]
 
 
 def write_lines(out: Path, runs: list[dict], known: dict, others: list[dict]) -> list[dict]:
@@ -257,16 +249,13 @@ def write_lines(out: Path, runs: list[dict], known: dict, others: list[dict]) ->
     return lines
 
 
-def read_lines(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-
-
 # ---------------------------------------------------------------- tables
 
 HEAD = """# {0}
 
 Written by `python reproduce.py {0}`. ± is half the 95 % interval over seeds (Student). Differences are seed by seed:
-* is p < 0.05, corrected for the lines of the table (Holm), and in brackets is on how many seeds it is above 0.
+* is p < 0.05, corrected for the lines of a table (Holm) but not for its columns; in brackets, on how many seeds it is
+above 0.
 """
 
 
@@ -317,9 +306,8 @@ def choices(name: str, rows: dict, section: str) -> list[tuple[str, list[tuple]]
     if name != "table1":
         return [("", list(rows))]
     best = report.best_strength(rows, ("trained", "validation", "pass@1"))
-    common = default_lambda(section)
     return [(", each at its λ of highest validation accuracy", best),
-            (f", all at λ = {common:g}", [row for row in rows if row[1] in (None, common)])]
+            (f", all at λ = {COMMON[section]:g}", [row for row in rows if row[1] in (None, COMMON[section])])]
 
 
 # ---------------------------------------------------------------- the command
@@ -337,11 +325,16 @@ def main(what: str, words: list[str], settings: dict) -> None:
     names = [what] if what in EXPERIMENTS else list(EXPERIMENTS)
     configs.require(what in {"all", "tables", *EXPERIMENTS}, f"{what!r}: give all, tables, or one of "
                                                              f"{', '.join(EXPERIMENTS)}")
-    for name in names:
-        runs_of = EXPERIMENTS[name].runs_of or name
-        file = Path(settings["out"]) / runs_of / "runs.jsonl"
-        if lines := read_lines(file) if what == "tables" else perform(runs_of, words, settings):
-            show(name, lines, Path(settings["out"]) / name)
+    if what != "tables":
+        check(names, words, settings)
+        with processes.only_one(Path("runs") / "reproduce.lock"):
+            for name in names:
+                perform(EXPERIMENTS[name].runs_of or name, words, settings)
+    out, source = Path(settings["out"]), {name: record.runs_of or name for name, record in EXPERIMENTS.items()}
+    for name in EXPERIMENTS:  # those that share runs too
+        lines = report.read_lines(out / source[name] / "runs.jsonl")
+        if lines and source[name] in {source[asked] for asked in names}:
+            show(name, lines, out / name)
 
 
 if __name__ == "__main__":

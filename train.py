@@ -203,11 +203,12 @@ def base_evaluations(run, heldout: dict[str, list], folder: Path) -> dict[str, e
     They are drawn once for all runs of the same weights, problems and settings of sampling: runs/base-evaluations/.
     """
     config, found = run.config, {}
-    settings = {"weights": models.digest(run.policy), "prompt": vars(config.prompt), "grader": config.reward.grader,
+    settings = {"weights": models.digest(run.policy), "device": run.world.device.type, "grader": config.reward.grader,
                 "max_new_tokens": config.max_new_tokens, "temperature": config.temperature,
                 "samples": config.evaluation.samples, "seed": config.evaluation.seed}
     for file, problems in heldout.items():
-        label = zlib.crc32(json.dumps(settings | {"problems": problems}).encode())
+        asked = [problems, data.prompt_ids(run.tokenizer, problems, config.prompt), run.stop]
+        label = zlib.crc32(json.dumps([settings, asked]).encode())
         stored = Path("runs") / "base-evaluations" / f"{label:08x}.npz"
         own = folder / "base_evaluation" / f"{file_name(file)}.npz"
         if not distributed.from_main(run.world.is_main and stored.is_file()):

@@ -177,22 +177,26 @@ def bars(plot, lines: list[dict]):
 
 
 def over_strength(plot, lines: list[dict]):
-    """Pass@1 on the first benchmark over q, a line a form, with 95 % intervals over seeds (paper's Figure 1)."""
+    """Pass@1 on the first benchmark over q, a line a form, with 95 % intervals over seeds (paper's Figure 1).
+
+    q is what was selected, the mean over the end of the runs: less than was asked for where too few tokens score.
+    """
     files, _ = benchmarks(lines)
     figure, found = panels(plot, lines)
     for axis, section, rows in found:
-        forms = dict.fromkeys(label for label, strength in rows if strength is not None)
-        zero = [runs for (_, strength), runs in rows.items() if strength is None]
-        for form in forms:
-            points = {0.0: zero[0]} | {strength: runs for (label, strength), runs in rows.items() if label == form}
-            found = [mean_interval([report.value(line, trained("pass@1", files[0])) for line in runs.values()])
-                     for runs in points.values()]
-            axis.errorbar([100 * q for q in points], [mean for mean, _ in found], [half for _, half in found],
-                          marker="o", markersize=4, capsize=2, label=form)
+        zero = {row: runs for row, runs in rows.items() if row[1] is None}
+        for form in dict.fromkeys(label for label, strength in rows if strength is not None):
+            points = [*zero.values(), *(runs for (label, _), runs in rows.items() if label == form)]
+            shares = [mean_interval([100 * report.value(line, ("training", "selection/fraction"))
+                                     for line in runs.values()])[0] for runs in points]
+            values = [mean_interval([report.value(line, trained("pass@1", files[0])) for line in runs.values()])
+                      for runs in points]
+            axis.errorbar(shares, [mean for mean, _ in values], [half for _, half in values], marker="o",
+                          markersize=4, capsize=2, label=form)
+            axis.legend(fontsize=8)
         axis.set_xscale("symlog", linthresh=1)
-        axis.set_xticks([100 * q for q in points], [f"{100 * q:g}" for q in points])
+        axis.set_xticks([0, 1, 2, 5, 10, 20, 50, 100], ["0", "1", "2", "5", "10", "20", "50", "100"])
         axis.set(title=section, xlabel="q, % of tokens that pay", ylabel=f"Pass@1, {files[0]}")
-        axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
     return figure
 
@@ -233,10 +237,13 @@ def pass_at_k_over_seeds(plot, lines: list[dict]):
         axes[0, column].plot(ks, [base[f"pass@{k}"] for k in ks], "k-.", label="base model")
         curves = {row: {k: {seed: report.value(line, trained(f"pass@{k}", files[0])) for seed, line in runs.items()}
                         for k in ks} for row, runs in rows.items()}
-        (first, one), (second, other) = list(curves.items())[:2]
-        gaps = {k: {seed: other[k][seed] - one[k][seed] for seed in one[k].keys() & other[k].keys()} for k in ks}
-        for axis, found in ((axes[0, column], curves),
-                            (axes[1, column], {(f"{second[0]} − {first[0]}", None): gaps})):
+        gaps = {}
+        if len(curves) > 1:
+            (first, one), (second, other) = list(curves.items())[:2]
+            if both := one[1].keys() & other[1].keys():
+                gap = {k: {seed: other[k][seed] - one[k][seed] for seed in both} for k in ks}
+                gaps[f"{second[0]} − {first[0]}", None] = gap
+        for axis, found in ((axes[0, column], curves), (axes[1, column], gaps)):
             for row, curve in found.items():
                 points = [mean_interval(list(curve[k].values())) for k in ks]
                 (line,) = axis.plot(ks, [mean for mean, _ in points], "o-", markersize=3, label=report.name_of(row))
@@ -244,8 +251,9 @@ def pass_at_k_over_seeds(plot, lines: list[dict]):
                                   color=line.get_color(), alpha=0.2, linewidth=0)
             axis.set_xscale("log", base=2)
             axis.xaxis.set_major_formatter("{x:.0f}")
-            axis.legend(fontsize=8)
             axis.grid(alpha=0.3)
+            if found:
+                axis.legend(fontsize=8)
         axes[0, column].set(title=f"{section}, {files[0]}", ylabel="Pass@k")
         axes[1, column].axhline(0, color="k", linewidth=0.8)
         axes[1, column].set(xlabel="k", ylabel="difference in Pass@k")

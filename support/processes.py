@@ -1,19 +1,24 @@
 """Other processes: started so that they end with this one; and what software a result came from."""
 
+import fcntl
 import platform
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import transformers
 
+from support.config import UserError
+
 
 def start(command: list[str], log: Path, environment: dict[str, str]) -> subprocess.Popen:
     """The command in the background, what it prints in `log`."""
+    log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as output:
         return subprocess.Popen(command, stdout=output, stderr=output, env=environment, preexec_fn=end_with_parent)
 
@@ -24,6 +29,18 @@ def end_with_parent() -> None:
         import ctypes
 
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+@contextmanager
+def only_one(file: Path):
+    """Refused while another process holds the file; whoever ends, however it ends, lets go."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"another command is at work on the same runs ({file}): wait for it, or end it") from None
+        yield
 
 
 def in_parallel(jobs: list, slots: int, begin: Callable) -> Iterator[tuple]:

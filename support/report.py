@@ -4,9 +4,49 @@
 column is (title, path into the figures). Runs of equal seed are paired, whatever their rows.
 """
 
+import json
 import math
+from pathlib import Path
 
+from support.config import require
 from support.statistics import holm, mean_interval, t_test
+
+
+def read_lines(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+
+def lines_of_other_seeds(out: Path, runs: list[dict]) -> list[dict]:
+    """The lines of an earlier command that are not among `runs`; refused if that had other settings."""
+    shared = {key: value for key, value in runs[0]["keys"].items()
+              if key != "seed" and all(run["keys"][key] == value for run in runs)}
+    lines, same = read_lines(out / "runs.jsonl"), {}
+    for run in runs:
+        same[run["section"], run["row"], run["strength"]] = {k: v for k, v in run["keys"].items() if k != "seed"}
+    for line in lines:  # a key that the program did not have then changes nothing
+        for key, value in same.get((line["section"], line["row"], line["strength"]), shared).items():
+            require(line["keys"].get(key, value) == value,
+                            f"{out} holds runs of {key}={line['keys'].get(key)}, not {value}: give another out=")
+    labels = {run["run"] for run in runs}
+    return [line for line in lines if line["run"] not in labels]
+
+
+def figures_of(folder: Path) -> dict:
+    """Every figure of a finished run: of its steps, and of its evaluations before (`base`) and after them."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if "loss" in row]
+    last = rows[-max(1, len(rows) // 10):]
+    seconds = [sum(value for key, value in row.items() if key.startswith("time/")) for row in rows]
+    training = {"seconds": sum(seconds), "tokens": sum(row["tokens"] for row in rows),
+                "tokens/s": sum(row["tokens"] for row in rows) / sum(seconds),
+                "length": sum(row["length/mean"] for row in rows) / len(rows), "mem_gb": rows[-1]["mem_gb"]}
+    for key in ("reward/accuracy", "entropy", "kl/selected", "selection/fraction", "selection/branching"):
+        if key in last[0]:
+            training[key] = sum(row[key] for row in last) / len(last)
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    evaluation = {who: {Path(file).stem: {name: round(found[0], 6) for name, found in table[who].items()}
+                        for file, table in evaluation.items()} for who in ("base", "trained")}
+    return {"training": {key: round(found, 6) for key, found in training.items()}} | evaluation
 
 
 def by_row(lines: list[dict], section: str) -> dict[tuple, dict[int, dict]]:

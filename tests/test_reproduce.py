@@ -2,18 +2,24 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import matplotlib
 import pytest
 from helpers import ROOT, SMALL
 
 import reproduce
 import train
 from support import config as configs
+from support import processes, report
+
+matplotlib.use("Agg")
+from matplotlib import pyplot  # noqa: E402
 
 RESULTS = [name for name in reproduce.EXPERIMENTS if (ROOT / "results" / name / "table.md").is_file()]
 SETTINGS = dict(reproduce.OWN) | {"jobs": 1}
@@ -44,14 +50,14 @@ def test_killed_and_resumed_the_same_table(tmp_path, monkeypatch):
     assert [(line["section"], line["row"]) for line in lines] == [
         ("RLVR", "GRPO"), ("RLVR", "SCOPE"), ("RLIF", "INTUITOR"), ("RLIF", "SCOPE")]
     for run in map(json.loads, before.splitlines()):
-        log = tmp_path / "runs" / f"reproduce-{run['run']}.log"
+        log = tmp_path / "runs" / f"{reproduce.name_of(run['keys'])}.log"
         assert log.stat().st_mtime == logs[log]  # not started again
     assert len(list((tmp_path / "runs" / "base-evaluations").glob("*.npz"))) == 5  # one a file, for all runs
     monkeypatch.chdir(tmp_path)
     for i, line in enumerate(lines):  # the figures of an unbroken run of the same words
-        assert not list((tmp_path / "runs" / f"reproduce-{line['run']}" / "model").glob("*"))
+        assert not (tmp_path / "runs" / reproduce.name_of(line["keys"]) / "model").exists()
         train.main(configs.read_defaults() | line["keys"] | {"name": f"unbroken{i}"})
-        found = reproduce.figures_of(f"unbroken{i}")
+        found = report.figures_of(tmp_path / "runs" / f"unbroken{i}")
         assert [line["figures"][who] for who in ("base", "trained")] == [found[who] for who in ("base", "trained")]
     text = (out / "table.md").read_text()
     reproduce.main("tables", [], SETTINGS)
@@ -59,14 +65,14 @@ def test_killed_and_resumed_the_same_table(tmp_path, monkeypatch):
     assert reproduce.perform("figure2", words[3:], SETTINGS | {"seeds": 1}) == lines  # nothing left to run
     with pytest.raises(configs.UserError, match="holds runs of steps=2, not 3: give another out="):
         reproduce.perform("figure2", [*SMALL, "steps=3"], SETTINGS)
-    other = [{"run": "x", "keys": line["keys"] | {"seed": 9}} for line in lines]
-    assert reproduce.lines_of_other_seeds(out, other) == lines  # fewer or other seeds lose no line
+    other = [line | {"run": "x", "keys": line["keys"] | {"seed": 9}} for line in lines]
+    assert report.lines_of_other_seeds(out, other) == lines  # fewer or other seeds lose no line
 
 
 
 @pytest.mark.parametrize("name", reproduce.EXPERIMENTS)
 def test_every_row_is_a_run_that_train_would_take(name):
-    rows = reproduce.EXPERIMENTS[name].rows()
+    rows = reproduce.EXPERIMENTS[name].rows(reproduce.lambdas_of(SETTINGS))
     labels = [reproduce.label_of(reproduce.training_of([*row.words, "seed=0"])) for found in rows.values()
               for row in found]
     assert len(labels) == len(set(labels)) and list(rows) == ["RLVR", "RLIF"]
@@ -81,8 +87,20 @@ def test_bad_words_are_told_at_once(tmp_path, monkeypatch):
             configs.own_words([word], reproduce.OWN)
     with pytest.raises(configs.UserError, match="'figure9': give all, tables, or one of figure1, figure2"):
         reproduce.main("figure9", [], SETTINGS)
-    with pytest.raises(configs.UserError, match="validation.jsonl"):
-        reproduce.main("table1", ["evaluation.data=auto"], SETTINGS)
+    for what, words, message in (
+            ("table1", ["evaluation.data=auto"], "add a validation.jsonl"),
+            ("figure2", ["evaluation.data=[a/x.jsonl,b/x.jsonl]"], "different names"),
+            ("figure2", ["selection.kl_coef=0.1"], "give rlvr_lambda="),
+            ("figure2", ["reward=token_entropy"], "reward=token_entropy: the rows of figure2 set it"),
+            ("table2", ["objective=div"], "objective=div"), ("figure2", ["name=x"], "name=x")):
+        with pytest.raises(configs.UserError, match=re.escape(message)), monkeypatch.context() as patch:
+            patch.setattr(configs, "check_file", lambda key, file: None)
+            reproduce.main(what, words, SETTINGS)
+    assert not list(tmp_path.iterdir())
+    with processes.only_one(tmp_path / "runs" / "reproduce.lock"):
+        with pytest.raises(configs.UserError, match="another command is at work"):
+            reproduce.main("figure2", [], SETTINGS)
+    shutil.rmtree(tmp_path / "runs")
     command = [sys.executable, ROOT / "reproduce.py", "figure2", "seeds=x"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert result.returncode == 2 and "seeds=x" in result.stderr and len(result.stderr.splitlines()) == 1
@@ -92,13 +110,13 @@ def test_bad_words_are_told_at_once(tmp_path, monkeypatch):
 def made_up(name: str, seeds: int) -> list[dict]:
     """Lines as if every run had ended; figures that tell them apart."""
     lines = []
-    for section, rows in reproduce.EXPERIMENTS[name].rows().items():
+    for section, rows in reproduce.EXPERIMENTS[name].rows(reproduce.lambdas_of(SETTINGS)).items():
         for i, row in enumerate(rows):
             for seed in range(seeds):
                 found = {"pass@1": (i + seed) / 100, "pass@4": 0.5 + i / 100, "d_collapse": 0.1}
                 trained = {"4-numbers": found, "validation": {**found, "pass@1": -abs((row.strength or 0) - 0.1)}}
-                figures = {"base": trained, "trained": trained,
-                           "training": dict.fromkeys(("seconds", "tokens/s", "length", "mem_gb"), 1.0)}
+                training = dict.fromkeys(("seconds", "tokens/s", "length", "mem_gb", "selection/fraction"), 0.1)
+                figures = {"base": trained, "trained": trained, "training": training}
                 lines.append({"section": section, "row": row.label, "strength": row.strength, "seed": seed,
                               "figures": figures})
     return lines
@@ -111,6 +129,9 @@ def test_tables_of_whole_and_half_results(name):
     assert "## RLVR" in text and "## RLIF" in text and "validation" not in text.replace("of highest validation", "")
     for count in range(1, len(lines), 1 + len(lines) // 5):  # a killed experiment's, too
         assert reproduce.table(name, lines[:count]).startswith(f"# {name}")
+        if draw := reproduce.EXPERIMENTS[name].draw:
+            pyplot.close(draw(pyplot, lines[:count]))
+            pyplot.close(draw(pyplot, lines[count:]))
     if name == "table1":
         best, common = re.split("^## ", text, flags=re.M)[1:3]
         assert "| SCOPE, 0.1 | 2 |" in best and "| SCOPE, 0.03 | 2 |" in common  # 0.1 is best on validation

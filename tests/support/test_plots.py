@@ -12,7 +12,8 @@ from matplotlib import pyplot  # noqa: E402
 def line(section, row, seed, accuracy, breadth, strength=None):
     metrics = {"acc@2": accuracy, "pass@1": accuracy, "pass@2": breadth}
     base = metrics | {"pass@1": 0.1, "pass@2": 0.2}
-    figures = {"base": {"a": base, "b": base}, "trained": {"a": metrics, "b": metrics}}
+    figures = {"training": {"selection/fraction": strength or 0.0}, "base": {"a": base, "b": base},
+               "trained": {"a": metrics, "b": metrics}}
     return {"section": section, "row": row, "strength": strength, "seed": seed, "figures": figures}
 
 
