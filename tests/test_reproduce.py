@@ -54,7 +54,7 @@ def test_killed_and_resumed_the_same_table(tmp_path, monkeypatch):
         assert log.stat().st_mtime == logs[log]  # not started again
     assert len(list((tmp_path / "runs" / "base-evaluations").glob("*.npz"))) == 5  # one a file, for all runs
     monkeypatch.chdir(tmp_path)
-    for i, line in enumerate(lines):  # the figures of an unbroken run of the same words
+    for i, line in enumerate(lines[:2]):  # the figures of an unbroken run of the same words; one was killed
         assert not (tmp_path / "runs" / reproduce.name_of(line["keys"]) / "model").exists()
         train.main(configs.read_defaults() | line["keys"] | {"name": f"unbroken{i}"})
         found = report.figures_of(tmp_path / "runs" / f"unbroken{i}")

@@ -173,25 +173,24 @@ def test_replaced_folder_is_old_or_new(tmp_path):
     assert (folder / "x").read_text() == "new"
 
 
-@pytest.fixture(scope="module")
-def real_runs(tmp_path_factory):
-    """The real command, by one process and by two ranks; ranks also shard the optimizer."""
-    cwd = tmp_path_factory.mktemp("runs")
+def test_real_runs(tmp_path):
+    """The real command, by one process and by two ranks; the ranks shard the optimizer. One test, as runs take long."""
     commands = {
         "alone": [sys.executable, ROOT / "train.py"],
         "ranks": [*TORCHRUN, "--nproc_per_node=2", ROOT / "train.py", "optimizer.zero=true"],
     }
     commands["ranks again"] = [*commands["ranks"], "resume=true"]
     for name, command in commands.items():
-        result = subprocess.run([*command, *REAL, f"name={name.split()[0]}"], cwd=cwd, capture_output=True, text=True,
-                                timeout=170)
+        words = [*REAL, f"name={name.split()[0]}"]
+        result = subprocess.run([*command, *words], cwd=tmp_path, capture_output=True, text=True, timeout=170)
         assert result.returncode == 0, result.stderr
-        (cwd / f"{name}.txt").write_text(result.stdout)
-    return cwd
+        (tmp_path / f"{name}.txt").write_text(result.stdout)
+    a_real_run_writes_everything(tmp_path)
+    two_ranks_train_like_one(tmp_path)
+    evaluate_command_on_a_trained_model(tmp_path)
 
 
-@pytest.mark.xdist_group("real runs")  # one process: they share them
-def test_a_real_run_writes_everything(real_runs):
+def a_real_run_writes_everything(real_runs):
     folder = real_runs / "runs" / "alone"
     assert {path.name for path in folder.iterdir()} == {
         "config.yaml", "metrics.jsonl", "samples.jsonl", "evaluation.json", "base_evaluation", "checkpoint",
@@ -220,8 +219,7 @@ def test_a_real_run_writes_everything(real_runs):
         assert word in printed
 
 
-@pytest.mark.xdist_group("real runs")  # one process: they share them
-def test_two_ranks_train_like_one(real_runs):
+def two_ranks_train_like_one(real_runs):
     """The same draws, selection and losses, step for step, whatever the number of ranks; and the same weights."""
     alone, ranks = (read(real_runs / "runs" / name / "metrics.jsonl") for name in ("alone", "ranks"))
     for one, other in zip(alone, ranks, strict=True):
@@ -244,8 +242,7 @@ def test_benchmark_prints_a_ratio(in_tmp, capsys):
         benchmark.main(configs.training_keys([*SMALL, "objective=ppo"]))
 
 
-@pytest.mark.xdist_group("real runs")  # one process: they share them
-def test_evaluate_command_on_a_trained_model(real_runs):
+def evaluate_command_on_a_trained_model(real_runs):
     arguments = ["model=runs/alone/model", "samples=8", "problems=3", "max_new_tokens=12"]
     result = subprocess.run([sys.executable, ROOT / "evaluate.py", *arguments], cwd=real_runs, capture_output=True,
                             text=True, timeout=170)
