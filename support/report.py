@@ -26,7 +26,7 @@ def lines_of_other_seeds(out: Path, runs: list[dict]) -> list[dict]:
     for line in lines:  # a key that the program did not have then changes nothing
         for key, value in same.get((line["section"], line["row"], line["strength"]), shared).items():
             require(line["keys"].get(key, value) == value,
-                            f"{out} holds runs of {key}={line['keys'].get(key)}, not {value}: give another out=")
+                    f"{out} holds runs of {key}={line['keys'].get(key)}, not {value}: give another out=")
     labels = {run["run"] for run in runs}
     return [line for line in lines if line["run"] not in labels]
 
