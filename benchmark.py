@@ -29,7 +29,7 @@ def main(keys: dict) -> None:
     config.optimizer.lr = config.optimizer.weight_decay = 0.0
     config.selection.strategy = "scope"  # so that there is a reference model
     steps.check_methods(config)
-    (problems, _, _), world = data.problem_sets(config), distributed.setup()
+    (problems, _, _), world = data.problem_sets(config), distributed.setup(config.precision)
     run = steps.set_up(config, problems, world)
     seconds: dict[str, list[float]] = {name: [] for name in ("rollout", *STRATEGIES)}
 

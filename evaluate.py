@@ -257,7 +257,7 @@ def read_completions(path: Path, problems: list) -> tuple[Evaluation, list[list[
 def entropy_on(model, tokenizer, problems, completions: list[list[int]], world, config) -> np.ndarray:
     """Token entropies of a model on given completions, flat: d_collapse without a shift of length or content."""
     prompts = data.prompt_ids(tokenizer, problems, config.prompt)
-    share, size, flat = world.share(len(completions)), config.micro_batch_size, [torch.zeros(0, device=world.device)]
+    share, size, flat = world.share(len(completions)), config.rollout.batch_size, [torch.zeros(0, device=world.device)]
     for first in tqdm(range(share.start, share.stop, size), desc="entropy on the first model's text", unit="batch",
                       leave=False, disable=not world.is_main):
         rows = range(first, min(first + size, share.stop))
@@ -287,8 +287,7 @@ def main(keys: dict) -> None:
     ks = configs.ks(config.k, config.samples)
     names, files = configs.listed(config.model), configs.listed(config.data.file)
     problem_sets = [problems_of(file, config) for file in files]
-    world = distributed.setup()
-    try:
+    with distributed.joined(config.precision) as world:
         report = {file: compare(names, file, problems, ks, world, config)
                   for file, problems in zip(files, problem_sets)}
         if world.is_main:
@@ -296,8 +295,6 @@ def main(keys: dict) -> None:
             replace_text(out, json.dumps(report, indent=1) + "\n")
             print(f"written: {out}, evaluations/*/completions.jsonl")
             print(plots.picture(Path("evaluations") / "pass_at_k.png", lambda plot: plots.pass_at_k(plot, report)))
-    finally:
-        distributed.shutdown()
 
 
 def problems_of(file: str, config) -> list[dict]:
@@ -315,11 +312,11 @@ def compare(names: list[str], file: str, problems: list, ks: list[int], world, c
     for name in names:
         path = toy.model_folder(name, config)
         configs.print_notes(configs.trained_otherwise(path, vars(config.prompt)))
-        model, tokenizer = models.load(path)
+        model, tokenizer = models.load(path, world.dtype)
         model.to(world.device)
         settings = {"model": path, "weights": fingerprint(path), "data": file, "prompt": vars(config.prompt),
                     "grader": config.reward.grader, "problems": zlib.crc32(json.dumps(problems).encode()),
-                    "batch_size": config.rollout.batch_size}
+                    "batch_size": config.rollout.batch_size, "precision": world.precision}
         settings |= {key: getattr(config, key) for key in ("seed", "max_new_tokens", "temperature", "samples")}
         label = zlib.crc32(json.dumps(settings).encode())
         folder = Path("evaluations") / f"{file_name(path)}--{file_name(file)}-{label:08x}"

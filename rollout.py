@@ -11,6 +11,7 @@ Shapes: B completions, P padded prompt length, C padded completion length, V voc
 """
 
 import math
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -110,6 +111,19 @@ class Rollout:
     def lengths(self) -> Tensor:
         """Tokens of each completion, the stop token included. [B]"""
         return self.mask.sum(dim=1)
+
+    def cut(self, rows: list[int], config) -> Iterator[list[int]]:
+        """Rows in micro-batches of similar size: so many rows and, with padding, so many tokens as config allows."""
+        sizes = [len(prompt) + length for prompt, length in zip(self.prompts, self.lengths.tolist())]
+        part: list[int] = []
+        for row in sorted(rows, key=lambda row: (sizes[row], row)):
+            tokens = (len(part) + 1) * sizes[row]
+            if part and (len(part) == config.micro_batch_size or 0 < config.micro_batch_tokens < tokens):
+                yield part
+                part = []
+            part.append(row)
+        if part:
+            yield part
 
     def pack(self, rows: list[int]) -> tuple[Tensor, Tensor]:
         """Prompt and completion of some rows side by side, padded on the right only.
@@ -273,13 +287,14 @@ def rescore(policy, sampled: Rollout, config, world) -> Rollout:
                             grpo.token_entropy(logits, temperature=temperature),
                             grpo.token_collision(logits, temperature=temperature)], dim=1)
 
-    for first in range(0, len(sampled.mask), config.micro_batch_size):
-        rows = list(range(first, min(first + config.micro_batch_size, len(sampled.mask))))
+    for rows in sampled.cut(range(len(sampled.mask)), config):
         tokens, predicts = sampled.pack(rows)
         mask = sampled.mask[rows]
         with world.autocast():
             hidden = hidden_states(policy, tokens)[predicts]
             values = grpo.in_chunks(record, hidden, sampled.tokens[rows][mask], size=config.logits_chunk)
         for name, column in zip(fresh, values.unbind(dim=1)):
-            fresh[name][first : first + len(rows)][mask] = column
+            block = torch.zeros(mask.shape, device=mask.device)
+            block[mask] = column
+            fresh[name][rows] = block
     return Rollout(**vars(sampled) | fresh)

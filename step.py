@@ -28,6 +28,7 @@ from rollout import Rollout
 from support import distributed, models
 from support.config import require
 from support.models import hidden_states
+from support.optimizer import MasterAdamW
 
 # ---------------------------------------------------------------- what a run works with
 
@@ -48,7 +49,7 @@ class Run:
 def set_up(config, problems: list[dict], world, *, weights: bool = True, training: bool = True) -> Run:
     """The parts of a run. Without `training` only what sampling takes; without `weights` the policy is on meta."""
     if weights:
-        policy, tokenizer = models.load(toy.model_folder(config.model, config))
+        policy, tokenizer = models.load(toy.model_folder(config.model, config), world.dtype)
     else:
         policy, tokenizer = toy.blank_model(config)
     problems = data.drop_long_prompts(problems, tokenizer, policy.config.max_position_embeddings, config)
@@ -62,17 +63,16 @@ def set_up(config, problems: list[dict], world, *, weights: bool = True, trainin
         models.recompute_layers(policy)
     if scope.STRATEGIES[config.selection.strategy].selects or config.grpo.kl_coef > 0:
         run.reference = copy.deepcopy(policy).eval().requires_grad_(False)
+        if config.offload:
+            models.park(run.reference)
     run.loss = MicroBatchLoss(policy, config, world.size)
+    for parameter in policy.parameters():  # once: DDP makes them views of its buckets, and they stay that
+        parameter.grad = torch.zeros_like(parameter)
     if torch.distributed.is_initialized():
         device_ids = [world.device.index] if world.device.type == "cuda" else None
         run.loss = DistributedDataParallel(run.loss, device_ids=device_ids, gradient_as_bucket_view=True)
-    settings = {"lr": config.optimizer.lr, "weight_decay": config.optimizer.weight_decay}
-    if config.optimizer.zero and torch.distributed.is_initialized():
-        from torch.distributed.optim import ZeroRedundancyOptimizer
-
-        run.optimizer = ZeroRedundancyOptimizer(policy.parameters(), torch.optim.AdamW, **settings)
-    else:
-        run.optimizer = torch.optim.AdamW(policy.parameters(), **settings)
+    run.optimizer = MasterAdamW(policy.named_parameters(), lr=config.optimizer.lr, offload=config.offload,
+                                weight_decay=config.optimizer.weight_decay)
     return run
 
 
@@ -200,7 +200,7 @@ def micro_batches(
     """This rank's rows in micro-batches of similar length, and whether each is the last.
 
     Rows without any gradient are left out. At least one micro-batch comes all the same: every rank has to take
-    part in DDP's one synchronised backward. The reference model runs only on rows where it is needed.
+    part in DDP's one synchronised backward. The reference model runs before the first, on rows where it is needed.
     """
     mask, lengths, objective = sampled.mask, sampled.lengths, grpo.OBJECTIVES[config.objective]
     counted, num_counted = mask, len(selection.flat["marked"])
@@ -217,18 +217,16 @@ def micro_batches(
     has_gradient = (advantages != 0) | compared.any(dim=1) | objective.other_rows(selection.marked, correct)
     if config.grpo.entropy_coef > 0:
         has_gradient[:] = True
-    rows = has_gradient.nonzero().squeeze(1).tolist() or [0]
-    sizes = [len(prompt) + length for prompt, length in zip(sampled.prompts, lengths.tolist())]
-    rows.sort(key=lambda row: (sizes[row], row))
-    for first in range(0, len(rows), config.micro_batch_size):
-        part = rows[first : first + config.micro_batch_size]
+    place, reference_states = torch.zeros_like(mask, dtype=torch.long), None
+    if compared.any():
+        place[compared] = torch.arange(int(compared.sum()), device=mask.device)
+        reference_states = states_of(reference, sampled, compared, place, config, world)
+    parts = list(sampled.cut(has_gradient.nonzero().squeeze(1).tolist() or [0], config))
+    for part in parts:
         tokens, predicts = sampled.pack(part)
-        valid = mask[part]
-        reference_hidden, rows_compared = None, compared[part].any(dim=1)
-        if rows_compared.any():
-            with torch.no_grad(), world.autocast():
-                states = hidden_states(reference, tokens[rows_compared])[predicts[rows_compared]]
-            reference_hidden = states[compared[part][rows_compared][valid[rows_compared]]]
+        valid, reference_hidden = mask[part], None
+        if compared[part].any():
+            reference_hidden = reference_states[place[part][compared[part]]]
 
         def flat(values: Tensor, part=part, valid=valid) -> Tensor:
             values = values[part]
@@ -238,7 +236,20 @@ def micro_batches(
             tokens, predicts, flat(sampled.tokens), flat(sampled.logprobs), flat(advantages), flat(weight),
             flat(sequence_weight), flat(selection.marked), flat(correct), flat(selection.selected), flat(compared),
             reference_hidden, reference.get_output_embeddings() if reference is not None else None,
-        ), first + config.micro_batch_size >= len(rows)
+        ), part is parts[-1]
+
+
+@torch.no_grad()
+def states_of(reference, sampled: Rollout, compared: Tensor, place: Tensor, config, world) -> Tensor:
+    """Hidden states of the reference [m, hidden size] that predict the m compared tokens; place [B, C] says which."""
+    states = None
+    with models.visiting(reference, world.device), world.autocast():
+        for part in sampled.cut(compared.any(dim=1).nonzero().squeeze(1).tolist(), config):
+            tokens, predicts = sampled.pack(part)
+            hidden = hidden_states(reference, tokens)[predicts][compared[part][sampled.mask[part]]]
+            states = hidden.new_zeros(int(compared.sum()), hidden.shape[1]) if states is None else states
+            states[place[part][compared[part]]] = hidden
+    return states
 
 
 class MicroBatchLoss(torch.nn.Module):
@@ -310,7 +321,7 @@ def update(
     """Step 6: one optimizer update from the gradient of all micro-batches of all ranks."""
     num_tokens, num_selected = len(selection.flat["selected"]), int(selection.flat["selected"].sum())
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=False)  # None would make a second set of gradients beside DDP's buckets
     totals = torch.zeros(6, device=world.device)
     for batch, is_last in batches:
         without_sync = hasattr(loss_module, "no_sync") and not is_last
@@ -319,7 +330,10 @@ def update(
                 loss, sums = loss_module(batch, num_tokens, num_selected, on_policy)
             loss.backward()
         totals += sums
-    grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm))
+    norms = [torch.linalg.vector_norm(p.grad, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
+    norm = torch.stack(norms).norm()  # of bf16 gradients too in fp32
+    torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
+    grad_norm = float(norm)
     loss, penalty, clip_frac, drift, kl_old, scored = distributed.total(totals).tolist()
     if math.isfinite(grad_norm):
         optimizer.step()

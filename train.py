@@ -203,9 +203,10 @@ def base_evaluations(run, heldout: dict[str, list], folder: Path) -> dict[str, e
     They are drawn once for all runs of the same weights, problems and settings of sampling: runs/base-evaluations/.
     """
     config, found = run.config, {}
-    settings = {"weights": models.digest(run.policy), "device": run.world.device.type, "grader": config.reward.grader,
+    settings = {"weights": models.digest(run.policy), "device": run.world.device.type,
+                "precision": run.world.precision, "grader": config.reward.grader, "samples": config.evaluation.samples,
                 "max_new_tokens": config.max_new_tokens, "temperature": config.temperature,
-                "samples": config.evaluation.samples, "seed": config.evaluation.seed}
+                "seed": config.evaluation.seed}
     for file, problems in heldout.items():
         asked = [problems, data.prompt_ids(run.tokenizer, problems, config.prompt), run.stop]
         label = zlib.crc32(json.dumps([settings, asked]).encode())
@@ -289,8 +290,8 @@ def dry_run(config, keys: dict, problems: list, heldout: dict[str, list]) -> Non
     strategy = scope.STRATEGIES[config.selection.strategy]
     needed = memory.estimate(
         run.policy.config, sum(p.numel() for p in run.policy.parameters()), config, ranks=ranks,
-        prompt=max(map(len, prompts)), reference=strategy.selects or config.grpo.kl_coef > 0,
-        all_selected=strategy.share == 1)
+        precision="fp32" if config.precision == "fp32" else "bf16", prompt=max(map(len, prompts)),
+        reference=strategy.selects or config.grpo.kl_coef > 0, all_selected=strategy.share == 1)
     print(memory.report(
         run.policy, run.tokenizer, changed={key: value for key, value in keys.items() if value != defaults[key]},
         prompts=prompts, problems=len(run.problems), heldout=len(heldout), config=config, ranks=ranks,
@@ -313,11 +314,8 @@ def main(keys: dict) -> None:
         if os.environ.get("RANK", "0") == "0":
             dry_run(config, keys, problems, heldout)
         return
-    world = distributed.setup()
-    try:
+    with distributed.joined(config.precision) as world:
         train(config, keys, folder, problems, heldout, world)
-    finally:
-        distributed.shutdown()
 
 
 if __name__ == "__main__":

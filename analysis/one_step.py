@@ -15,8 +15,8 @@ from rollout import Rollout
 from support import config as configs
 
 RUN_KEYS = ("model", "prompt.", "prompts_per_step", "seed", "data.", "reward.grader", "group_size", "max_new_tokens",
-            "temperature", "grpo.advantage_eps", "selection.fraction", "forking_fraction", "rollout.", "evaluation.",
-            "countdown", "toy.")
+            "temperature", "precision", "micro_batch", "grpo.advantage_eps", "selection.fraction", "forking_fraction",
+            "rollout.", "evaluation.", "countdown", "toy.")
 OWN_KEYS = {"run": "", "out": "analyses", "step": 0}  # step: whose problems of the training order are rolled out
 # Of no interest here but read by the step; objective=forking_rl is what marks the forking tokens.
 FIXED = {"reward.kind": "accuracy", "objective": "forking_rl", "selection.strategy": "scope",

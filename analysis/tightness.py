@@ -121,7 +121,7 @@ def main(arguments: list[str]) -> None:
     keys = analysis_keys(arguments, KEYS, {"contexts": 1, "continuations": 2, "others": 1, "most": 2})
     configs.require(0 < keys["cover"] < 1, f"cover={keys['cover']}: give a share above 0 and below 1")
     config = settings_of(keys)
-    world, rng = distributed.setup(), np.random.default_rng(config.seed)
+    world, rng = distributed.setup(config.precision), np.random.default_rng(config.seed)
     drawn = draw_step(config, world)
     positive = drawn.sampled.mask & (drawn.advantages > 0)[:, None]
     masks = dict(zip(KINDS, (drawn.selected, positive & ~drawn.selected, drawn.forking)))

@@ -124,7 +124,7 @@ def html_token(token: View, largest: float) -> str:
 
 def main(arguments: list[str]) -> None:
     config = settings_of(analysis_keys(arguments, KEYS, {"shown": 1}))
-    drawn = draw_step(config, distributed.setup())
+    drawn = draw_step(config, distributed.setup(config.precision))
     every = [views(drawn, row) for row in range(len(drawn.correct))]
     flat = [token for row in every for token in row]
     table = role_table([t.role for t in flat], [t.selected for t in flat], [t.p for t in flat], [t.score for t in flat])

@@ -1,6 +1,7 @@
 """A run's folder, runs/<name>/: its logs, its checkpoint, and what a killed run needs to go on."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -13,7 +14,8 @@ from support.files import replace_folder, replace_text
 
 # Keys that a resumed run may give anew: they change speed, memory or what is written, not the training.
 MAY_DIFFER = {"resume", "name", "recipe", "dry_run", "micro_batch_size", "logits_chunk", "gradient_checkpointing",
-              "rollout.batch_size", "rollout.segment", "log_every", "save_every"}
+              "micro_batch_tokens", "offload", "rollout.batch_size", "rollout.segment", "log_every", "save_every"}
+SHARD = "optimizer-{}.pt"  # of each rank
 
 
 def run_folder(config, keys: dict) -> Path:
@@ -83,23 +85,36 @@ class Log:
 
 
 def save(folder: Path, step: int, policy, tokenizer, optimizer) -> None:
-    """Weights (an HF folder), optimizer state and step, by rank 0 while the others wait."""
-    if hasattr(optimizer, "consolidate_state_dict"):  # ZeroRedundancyOptimizer: the shards come to rank 0
-        optimizer.consolidate_state_dict(to=0)
-    if distributed.rank() == 0:
-        with replace_folder(folder / "checkpoint") as unfinished:
+    """Weights (an HF folder) and step by rank 0, and of every rank its share of the optimizer's state."""
+    target, main = folder / "checkpoint", distributed.rank() == 0
+    with replace_folder(target) if main else nullcontext(target.with_name("checkpoint.tmp")) as unfinished:
+        distributed.barrier()  # the folder is there
+        if main:
             policy.save_pretrained(unfinished)
             tokenizer.save_pretrained(unfinished)
-            torch.save({"step": step, "optimizer": optimizer.state_dict()}, unfinished / "trainer.pt")
+        shard = {"step": step, "ranks": distributed.size(), "optimizer": optimizer.shard()}
+        torch.save(shard, unfinished / SHARD.format(distributed.rank()))
+        distributed.barrier()  # and whole
     distributed.barrier()
 
 
 def load(folder: Path, policy, optimizer) -> int:
     """Restores weights and optimizer state; returns the steps done, 0 where none was saved yet."""
     for saved in (folder / "checkpoint", folder / "checkpoint.old"):
-        if (saved / "trainer.pt").is_file():
-            policy.load_state_dict(models.load(str(saved))[0].state_dict())
-            state = torch.load(saved / "trainer.pt", map_location="cpu", weights_only=True)
-            optimizer.load_state_dict(state["optimizer"])
-            return state["step"]
+        configs.require(not (saved / "trainer.pt").is_file(), f"{saved} is of an earlier version of this code, which "
+                                                              "cannot be gone on with: start a run of another name=")
+        if (saved / SHARD.format(0)).is_file():
+            policy.load_state_dict(models.load(str(saved), next(policy.parameters()).dtype)[0].state_dict())
+            ranks = read_shard(saved, 0)["ranks"]
+            shards = [read_shard(saved, rank) for rank in range(ranks)]  # by any number of ranks
+            try:
+                optimizer.load_shards([shard["optimizer"] for shard in shards])
+            except KeyError as error:
+                raise configs.UserError(f"{saved} holds no {error} of a parameter: it was saved with another "
+                                        "precision=, or not whole") from None
+            return shards[0]["step"]
     return 0
+
+
+def read_shard(saved: Path, rank: int) -> dict:
+    return torch.load(saved / SHARD.format(rank), map_location="cpu", weights_only=True, mmap=True)

@@ -160,7 +160,7 @@ def evaluation_keys(arguments: list[str]) -> dict:
     defaults = read_defaults()
     defaults |= recipe_keys(arguments, defaults)
     kept = ("recipe", "model", "data.problem_field", "data.answer_field", "prompt.", "reward.grader", "seed",
-            "max_new_tokens", "temperature", "micro_batch_size", "logits_chunk", "rollout.", "countdown.",
+            "max_new_tokens", "temperature", "precision", "micro_batch", "logits_chunk", "rollout.", "countdown.",
             "toy.")
     keys = {key: value for key, value in defaults.items() if key.startswith(kept)}
     # plot: folders of runs whose curves to draw instead. model and data: one, or several as [a,b].
@@ -228,7 +228,7 @@ def check(keys: dict) -> None:
     bound("seed", 0, 2**31 - 1)
     for key in ("grpo.clip_low", "grpo.clip_high", "grpo.kl_coef", "grpo.entropy_coef", "selection.kl_coef", "div.coef",
                 "kl_cov.coef", "clip_cov.low", "optimizer.lr", "optimizer.weight_decay", "evaluation.every",
-                "toy.seed"):
+                "micro_batch_tokens", "toy.seed"):
         bound(key, 0)
     for key in ("temperature", "grpo.advantage_eps", "optimizer.max_grad_norm", "toy.lr"):
         bound(key, 0, above=True)
@@ -259,6 +259,8 @@ def check(keys: dict) -> None:
         check_file("data", keys["data.file"])
     for file in listed(keys.get("evaluation.data", "auto")):
         check_file("evaluation.data", file)
+    require(keys.get("precision", "auto") in ("auto", "fp32", "bf16"),
+            f"precision={keys.get('precision')}: give auto, fp32 or bf16")
     require(keys["reward.grader"] in ("exact", "math_verify"),
             f"reward.grader={keys['reward.grader']}: give exact or math_verify")
     require(keys["reward.grader"] == "exact" or importlib.util.find_spec("math_verify") is not None,

@@ -4,13 +4,20 @@ import gc
 import importlib
 import os
 import resource
-from contextlib import nullcontext
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from support.config import UserError
 
 
 @dataclass
@@ -18,6 +25,11 @@ class World:
     rank: int
     size: int
     device: torch.device
+    precision: str = "fp32"  # or bf16: of weights and gradients
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return {"fp32": torch.float32, "bf16": torch.bfloat16}[self.precision]
 
     @property
     def is_main(self) -> bool:
@@ -28,14 +40,48 @@ class World:
         return range(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
     def autocast(self):
-        """bf16 matrix products on CUDA over fp32 weights; plain fp32 on CPU."""
-        return torch.autocast("cuda", dtype=torch.bfloat16) if self.device.type == "cuda" else nullcontext()
+        """bf16 matrix products on CUDA over fp32 weights; elsewhere, and over bf16 weights, nothing."""
+        needed = self.device.type == "cuda" and self.precision == "fp32"
+        return torch.autocast("cuda", dtype=torch.bfloat16) if needed else nullcontext()
 
 
-def setup() -> World:
-    """Joins the process group if torchrun started us: nccl on CUDA, gloo on CPU."""
+@contextmanager
+def joined(precision: str = "auto") -> Iterator[World]:
+    """The process group, from `setup` to `shutdown`. A rank that fails says where, and ends at once: leaving the group
+    would wait for ranks that wait for this one, and torchrun ends those."""
+    world = setup(precision)
+    try:
+        yield world
+    except Exception as error:
+        if not dist.is_initialized():
+            raise
+        if isinstance(error, UserError):  # usually on all ranks alike: rank 0 speaks, for torchrun ends all with one
+            if world.is_main:
+                print(f"error: {error}", file=sys.stderr, flush=True)
+            else:
+                time.sleep(2)
+            os._exit(2)
+        traceback.print_exc()
+        ours = [frame for frame in traceback.extract_tb(error.__traceback__)
+                if Path(frame.filename).parent == Path(sys.argv[0]).resolve().parent]
+        place = f"in {ours[-1].name} ({Path(ours[-1].filename).name}, line {ours[-1].lineno})" if ours else ""
+        print(f"rank {world.rank} of {world.size} failed {place}: {type(error).__name__}: {error}", file=sys.stderr,
+              flush=True)
+        os._exit(1)
+    shutdown()
+
+
+def setup(precision: str = "auto") -> World:
+    """Joins the process group if torchrun started us: nccl on CUDA, gloo on CPU. precision: auto, fp32 or bf16."""
+    if precision == "auto":
+        precision = "bf16" if torch.cuda.is_available() else "fp32"
+    if torch.cuda.is_available():
+        # A cache that grows token by token leaves holes of every size in memory that is not made of pages.
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each shape: for every token decoded
+        torch.set_float32_matmul_precision("high")  # TF32: exact for products of bf16 numbers, as logits are
     if "RANK" not in os.environ:
-        return World(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        return World(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"), precision)
     # Some defaults in these modules keep the group that exists when they are imported; so before there is one.
     importlib.import_module("torch.distributed.nn")
     importlib.import_module("torch.distributed.optim")
@@ -50,12 +96,12 @@ def setup() -> World:
         # torchrun gives each of several processes one thread; share the cores out instead.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
         dist.init_process_group("gloo")
-    return World(dist.get_rank(), dist.get_world_size(), device)
+    return World(dist.get_rank(), dist.get_world_size(), device, precision)
 
 
 def shutdown() -> None:
-    """Leaves the process group. DDP and ZeroRedundancyOptimizer hold it in reference cycles, so they are collected
-    first: a group that is still held keeps its threads, and a thread of gloo that meets the end of Python aborts it."""
+    """Leaves the process group. DDP holds it in reference cycles, so it is collected first: a group that is still held
+    keeps its threads, and a thread of gloo that meets the end of Python aborts it."""
     if dist.is_initialized():
         gc.collect()
         dist.destroy_process_group()
@@ -63,6 +109,16 @@ def shutdown() -> None:
 
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def broadcast(x: Tensor, source: int) -> None:
+    """Rank `source`'s values, in place on the others."""
+    if dist.is_initialized():
+        dist.broadcast(x.detach(), source)
 
 
 def barrier() -> None:

@@ -1,8 +1,7 @@
 """The dry run: what a run would be, its settings, prompt, numbers and memory. No weight is loaded.
 
-The memory is what PyTorch's allocator would hold at its peak on each rank, from shapes alone. Weights, gradients and
-Adam's two moments are fp32; products run in bf16 under autocast, which keeps a bf16 copy of every weight while a
-forward pass lasts. The factors below were fitted to the live tensors of real updates and rollouts (a test does so).
+The memory is what PyTorch's allocator would hold at its peak on each rank, from shapes alone. The factors below were
+fitted to the live tensors of real updates and rollouts (a test does so), in both precisions.
 """
 
 import torch
@@ -11,7 +10,7 @@ GB = 1e9
 
 
 def estimate(
-    shape, parameters: int, config, *, ranks: int, prompt: int, reference: bool, all_selected: bool
+    shape, parameters: int, config, *, precision: str, ranks: int, prompt: int, reference: bool, all_selected: bool
 ) -> dict[str, float]:
     """Bytes on each rank by purpose; the peak is `total`. `shape` is the model's config, `prompt` the longest prompt.
 
@@ -20,39 +19,56 @@ def estimate(
     hidden, layers, vocabulary = shape.hidden_size, shape.num_hidden_layers, shape.vocab_size
     head_size = getattr(shape, "head_dim", None) or hidden // shape.num_attention_heads
     query, key = shape.num_attention_heads * head_size, shape.num_key_value_heads * head_size
-    length = prompt + config.max_new_tokens
+    projection = vocabulary * hidden  # parameters of the vocabulary projection; its products are fp32
+    wide, size = precision == "fp32", 4 if precision == "fp32" else 2
+    length, offload = prompt + config.max_new_tokens, config.offload
     completions = config.prompts_per_step * config.group_size // ranks
     parts = {
-        "weights": 4 * parameters,
-        "gradients": 4 * parameters,
-        "optimizer": 8 * parameters / (ranks if config.optimizer.zero else 1),
-        "reference": 4 * parameters * reference,
+        "weights": size * parameters,
+        "gradients": size * parameters,
+        "optimizer": 0 if offload else (8 if wide else 12) * parameters / ranks,  # two moments, and fp32 masters
+        "reference": size * (projection if offload else parameters) * reference,
     }
-    looked_up = 0 if shape.tie_word_embeddings else vocabulary * hidden  # an embedding is no product
-    copies = 2 * (parameters - looked_up)
+    # Autocast keeps bf16 copies of fp32 weights while a forward lasts, without checkpointing until the backward.
+    looked_up = projection * (1 if shape.tie_word_embeddings else 2)  # an embedding is no product
+    copies = 2 * (parameters - looked_up) * wide
 
     # The update: `tokens` go through the model at once. A layer keeps `inside` bytes of each for its backward.
     rows = min(config.micro_batch_size, completions)
+    if config.micro_batch_tokens:
+        rows = max(1, min(rows, config.micro_batch_tokens // length))
     tokens = rows * length
-    inside = 20 * hidden + 10 * query + 12 * key + 8 * shape.intermediate_size
-    layer, between = tokens * inside, 4 * tokens * hidden  # `between`: the residual stream, fp32
-    logits = 16 * min(config.logits_chunk, rows * config.max_new_tokens) * vocabulary
-    logits *= 1.7 if all_selected else 1  # two distributions at once
-    projection = 4 * vocabulary * hidden  # the gradient of the vocabulary projection
+    inside = 8 * shape.intermediate_size + (
+        20 * hidden + 10 * query + 12 * key if wide else 14 * hidden + 6 * query + 4 * key)
+    layer, between = tokens * inside, size * tokens * hidden  # `between`: the residual stream
+    logits = (27 if all_selected else 16) * min(config.logits_chunk, rows * config.max_new_tokens) * vocabulary
+    # A chunk of logits beside the sum of the projection's gradients, or its fp32 gradient beside it and the weights.
+    logits = max(logits + (4 if wide else 6) * projection, 12 * projection) + 12 * tokens * hidden
     if config.gradient_checkpointing:  # only what is between layers is kept; in backward one layer is made again
-        kept, again = layers * between, 1.4 * layer + projection
+        kept, again = layers * between, 1.33 * layer
+        forward = copies + kept + 0.4 * layer
     else:
-        kept, again = layers * layer, 0
+        kept, again, forward = copies + layers * layer, 0, 0
     parts["activations"] = kept + again
-    parts["logits"] = max(logits, 1.25 * projection)
-    update = max(copies + kept + parts["logits"], kept + again, 3 * projection + between * layers)
+    parts["logits"] = logits
+    compared = completions * config.max_new_tokens * (1 if all_selected else config.selection.fraction) * reference
+    largest = max(projection, shape.intermediate_size * hidden)
+    moments = {
+        "forward": forward, "backward": kept + max(logits, again),
+        "reference": size * (parameters - projection) * offload * reference + 0.5 * layer,
+        "step": (20 if offload else 8) * largest,
+        "buckets": size * parameters * (ranks > 1),  # DDP makes them anew once, before the second update
+    }
+    update = max(moments.values()) + size * compared * hidden
 
-    # Sampling: keys (fp32) and values (bf16) of all layers, copies of one layer's, and the sampler's 44 bytes a logit.
+    # Sampling: keys and values of all layers, those of one layer twice, and the sampler's 44 bytes a logit.
     evaluated = config.evaluation.problems * config.evaluation.samples // ranks
     rows = min(config.rollout.batch_size, max(completions, evaluated))
-    parts["KV cache"] = rows * length * layers * key * (6 + 20 / layers)
+    parts["KV cache"] = rows * length * key * (6 * layers + 20 if wide else 4 * layers)
     parts["sampler"] = 44 * rows * vocabulary
-    sampling = copies + parts["KV cache"] + parts["sampler"]
+    drawing = parts["sampler"] if wide else max(
+        parts["sampler"], 4 * projection + 12 * rows * vocabulary, 4 * rows * length * key)
+    sampling = copies + parts["KV cache"] + drawing
 
     fixed = sum(parts[name] for name in ("weights", "gradients", "optimizer", "reference"))
     return parts | {"bf16 copies": copies, "update": fixed + update, "sampling": fixed + sampling,
@@ -80,8 +96,9 @@ def report(
         f"stop ids: {stop_ids}",
         f"a step: {config.prompts_per_step} prompts x {config.group_size} = {completions} completions of up to "
         f"{config.max_new_tokens} tokens, {completions * config.max_new_tokens:,} tokens in all; on each of {ranks} "
-        f"rank(s) {completions // ranks} completions, {-(-completions // ranks // config.micro_batch_size)} "
-        f"micro-batches of {config.micro_batch_size}; {config.grpo.updates_per_rollout} update(s)",
+        f"rank(s) {completions // ranks} completions; {config.grpo.updates_per_rollout} update(s)",
+        f"at once: {config.rollout.batch_size} completions sampled; {config.micro_batch_size} updated from"
+        + f", of up to {config.micro_batch_tokens:,} tokens" * (config.micro_batch_tokens > 0),
         f"prompts: up to {max(map(len, prompts))} tokens, {sum(map(len, prompts)) / len(prompts):.0f} on average",
         f"an epoch: {problems:,} problems = {epoch} steps and {problems % config.prompts_per_step} problems "
         f"left over; {config.steps} steps = {config.steps / epoch:.2f} epochs",

@@ -9,6 +9,7 @@ import zlib
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from types import MethodType
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
@@ -16,6 +17,7 @@ import huggingface_hub
 import torch
 import transformers
 from torch import Tensor
+from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
 from support.config import UserError
@@ -92,25 +94,54 @@ def blank(shape):
         return AutoModelForCausalLM.from_config(shape)
 
 
-def load(name: str):
-    """Model (fp32, dropout off) and tokenizer from an HF folder or hub name.
+def load(name: str, dtype: torch.dtype = torch.float32):
+    """Model (dropout off; logits in fp32, whatever its weights) and tokenizer from an HF folder or hub name.
 
     Raises UserError if it cannot be read or if its logits are not lm_head(hidden states),
     which the chunked log-probabilities in grpo.py and the sampler both rely on.
     """
     tokenizer, shape = load_tokenizer(name)
     with loading(name):
-        model = AutoModelForCausalLM.from_pretrained(name, config=shape, dtype=torch.float32, **source(name))
+        model = AutoModelForCausalLM.from_pretrained(name, config=shape, dtype=dtype, **source(name))
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0  # configs that call it otherwise
     tokens = torch.arange(8)[None] % model.config.vocab_size
+    model.eval().get_output_embeddings().forward = MethodType(project, model.get_output_embeddings())
     with torch.no_grad():
-        own = model.eval()(tokens).logits
+        own = model(tokens).logits
         head = model.get_output_embeddings()(hidden_states(model, tokens))
     if not torch.allclose(own, head, rtol=1e-3, atol=1e-3):
         raise UserError(REFUSED.format(name))
     return model, tokenizer
+
+
+def project(head: torch.nn.Linear, hidden: Tensor) -> Tensor:
+    """The vocabulary projection in fp32: bf16 logits carry 8 bits, which is more noise than a small KL."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        bias = None if head.bias is None else head.bias.float()
+        return functional.linear(hidden.float(), head.weight.float(), bias)
+
+
+def park(reference) -> None:
+    """Moves its weights to host memory, all but the vocabulary projection."""
+    head = set(reference.get_output_embeddings().parameters())
+    for parameter in set(reference.parameters()) - head:
+        host = parameter.data.to("cpu")
+        parameter.data = host.pin_memory() if torch.cuda.is_available() else host
+
+
+@contextmanager
+def visiting(reference, device: torch.device):
+    """Parked weights on the device for a while; they never change, so that nothing has to be copied back."""
+    waiting = {parameter: parameter.data for parameter in reference.parameters()}
+    for parameter, host in waiting.items():
+        parameter.data = host.to(device, non_blocking=True)
+    try:
+        yield
+    finally:
+        for parameter, host in waiting.items():
+            parameter.data = host
 
 
 def recompute_layers(model) -> None:

@@ -1,6 +1,7 @@
 """Models from HF folders on problems of mathematics: whole runs, recipes, the dry run and its memory."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -8,13 +9,14 @@ import pytest
 import yaml
 from helpers import ROOT
 from mathematics import GSM8K, MATH, SMALL, folder, tokenizer, write
+from transformers import Qwen2Config
 
 import data
 import evaluate
 import rollout
 import train
 from support import config as configs
-from support import models
+from support import memory, models
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 
@@ -99,6 +101,35 @@ def test_recipes_are_the_papers_rows(recipe, in_tmp):
     assert keys["model"].rpartition("/")[2].lower() == recipe.stem
     for words in (["selection.strategy=none"], ["reward=self_certainty"], ["selection.strategy=uniform"]):
         configs.training_keys([f"recipe={recipe}", "data=math.jsonl", "evaluation.data=auto", *words])
+
+
+SHAPES = {  # of the hub: hidden, intermediate, layers, heads, key-value heads, vocabulary, tied
+    "qwen2.5-1.5b": (1536, 8960, 28, 12, 2, 151936, True), "qwen2.5-3b": (2048, 11008, 36, 16, 2, 151936, True),
+    "qwen2.5-7b": (3584, 18944, 28, 28, 4, 152064, False), "qwen2.5-math-7b": (3584, 18944, 28, 28, 4, 152064, False),
+    "llama-3.1-8b-instruct": (4096, 14336, 32, 32, 8, 128256, False)}
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipes_fit_the_cards_that_they_name(recipe, in_tmp):
+    """The figures in a recipe and in docs/ are the dry run's, and at most 72 GB on 4 ranks."""
+    hidden, inner, layers, heads, pairs, vocabulary, tied = SHAPES[recipe.stem]
+    shape = Qwen2Config(hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, vocab_size=vocabulary,
+                        num_attention_heads=heads, num_key_value_heads=pairs, tie_word_embeddings=tied)
+    parameters = sum(p.numel() for p in models.blank(shape).parameters())
+    text = recipe.read_text()
+
+    def needed(ranks, prompt, *words):
+        keys = configs.training_keys([f"recipe={recipe}", "data=math.jsonl", "evaluation.data=auto", *words])
+        config = configs.namespace(configs.nest(keys))
+        return memory.estimate(shape, parameters, config, precision="bf16", ranks=ranks, prompt=prompt,
+                               reference=True, all_selected=False)["total"] / 1e9
+
+    on_four, prompt = map(int, re.search(r"(\d+) GB on each of 4 ranks .* up to (\d+) tokens", text).groups())
+    assert on_four <= 72 and round(needed(4, prompt)) == on_four
+    assert f"`recipes/{recipe.name}` | {yaml.safe_load(text)['model']} | {on_four} |" in (
+        recipe.parents[1] / "docs" / "real-models.md").read_text()
+    if alone := re.search(r"# One (\d+) GB card: nproc_per_node=1 (.*), (\d+) GB", text):
+        assert round(needed(1, prompt, *alone[2].split())) == int(alone[3]) < int(alone[1])
 
 
 def test_recipes_lie_between_the_defaults_and_the_command_line(in_tmp):

@@ -1,0 +1,88 @@
+"""AdamW on fp32 masters, its state shared out over the ranks."""
+
+import torch
+from torch import Tensor
+
+from support import distributed
+
+
+class MasterAdamW(torch.optim.Optimizer):
+    """AdamW (Loshchilov & Hutter 2019) whose state, 8 or 12 bytes a parameter, each rank keeps for its share only.
+
+    Weights of 16 bits get fp32 *masters*, which take the step and are then rounded: at lr 1e-6 a step is far below what
+    bf16 can tell apart, and without masters nearly all of it is lost. fp32 weights are their own masters. Whatever the
+    number of ranks, the parameters come out bit for bit the same. With `offload` the state lives in host memory and
+    visits the device parameter by parameter.
+    """
+
+    def __init__(self, named_parameters, *, lr: float, weight_decay: float, offload: bool = False):
+        """named_parameters: (name, parameter) pairs; the state is saved and restored by these names."""
+        self.named, self.steps = dict(named_parameters), 0
+        defaults = {"lr": lr, "weight_decay": weight_decay, "betas": (0.9, 0.999), "eps": 1e-8}
+        super().__init__(list(self.named.values()), defaults)
+        self.owners = owners([p.numel() for p in self.named.values()], distributed.size())
+        for parameter in self.own().values():
+            place = {"device": "cpu", "pin_memory": parameter.is_cuda} if offload else {"device": parameter.device}
+            state = {name: torch.zeros(parameter.shape, dtype=torch.float32, **place)
+                     for name in ("exp_avg", "exp_avg_sq", "master")}
+            if parameter.dtype == torch.float32:
+                del state["master"]
+            else:
+                state["master"].copy_(parameter.detach())
+            self.state[parameter] = state
+
+    def own(self) -> dict[str, Tensor]:
+        """This rank's share of the parameters, by name."""
+        return {name: p for (name, p), owner in zip(self.named.items(), self.owners) if owner == distributed.rank()}
+
+    @torch.no_grad()
+    def step(self) -> None:
+        (group,) = self.param_groups
+        self.steps += 1
+        for parameter in self.own().values():
+            kept = self.state[parameter]
+            here = {name: x.to(parameter.device, non_blocking=True) for name, x in kept.items()}
+            master = here.get("master", parameter)
+            adamw(master, parameter.grad.float(), here["exp_avg"], here["exp_avg_sq"], self.steps, group)
+            for name, x in kept.items():
+                if x is not here[name]:
+                    x.copy_(here[name], non_blocking=True)
+            if master is not parameter:
+                parameter.copy_(master)  # rounds
+        for parameter, owner in zip(self.named.values(), self.owners):
+            distributed.broadcast(parameter, owner)
+
+    def shard(self) -> dict:
+        """This rank's share, to be saved."""
+        return {"steps": self.steps, "state": {name: self.state[p] for name, p in self.own().items()}}
+
+    @torch.no_grad()
+    def load_shards(self, shards: list[dict]) -> None:
+        """Takes this rank's share from what ranks saved, however many they were; raises KeyError if some is missing.
+
+        Not `load_state_dict`: that casts masters to the type of their weights.
+        """
+        self.steps = shards[0]["steps"]
+        saved = {name: state for shard in shards for name, state in shard["state"].items()}
+        for name, parameter in self.own().items():
+            for key, x in self.state[parameter].items():
+                x.copy_(saved[name][key])
+
+
+def adamw(p: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: int, group: dict) -> None:
+    """One step of torch.optim.AdamW, in place and in its order of operations; all fp32, of one shape."""
+    (beta1, beta2), lr = group["betas"], group["lr"]
+    p.mul_(1 - lr * group["weight_decay"])
+    exp_avg.lerp_(grad, 1 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    denominator = exp_avg_sq.sqrt().div_((1 - beta2**step) ** 0.5).add_(group["eps"])
+    p.addcdiv_(exp_avg, denominator, value=-lr / (1 - beta1**step))
+
+
+def owners(sizes: list[int], ranks: int) -> list[int]:
+    """A rank for each parameter: the largest first, each to the rank that has least."""
+    load, chosen = [0] * ranks, [0] * len(sizes)
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        chosen[i] = load.index(min(load))
+        load[chosen[i]] += sizes[i]
+    return chosen
