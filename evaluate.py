@@ -36,6 +36,7 @@ from support.files import file_name, fingerprint, replace_text
 from support.plots import difference_table, format_table
 from support.statistics import Estimate, difference
 
+CHUNK = 8  # batches between two files: the more, the fewer waits for the longest completion
 STEP = -1  # the `step` of every evaluation's draws: no training step has it, and all models face the same noise
 
 # ---------------------------------------------------------------- metrics
@@ -192,11 +193,11 @@ def evaluate(model, tokenizer, problems, world, config, *, samples: int, title: 
 def complete(folder: Path, settings: dict, model, tokenizer, problems, world, config) -> Path:
     """completions.jsonl of one model on one problem file, drawn as far as it is not there yet.
 
-    Rows go in chunks of rollout.batch_size, each a file of its own once it is done: a kill loses the chunks in hand. A
+    Rows go in chunks of several batches, each a file of its own once it is done: a kill loses the chunks in hand. A
     chunk is always the same rows together, so that a kill changes no byte, and the number of ranks no draw.
     """
     done = folder / "completions.jsonl"
-    rows, size = range(len(problems) * config.samples), config.rollout.batch_size
+    rows, size = range(len(problems) * config.samples), CHUNK * config.rollout.batch_size
     chunks = [rows[first : first + size] for first in range(0, len(rows), size)]
     if done.is_file():
         return done

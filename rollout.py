@@ -12,14 +12,14 @@ Shapes: B completions, P padded prompt length, C padded completion length, V voc
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor
+from transformers import LogitsProcessor
 
 import grpo
+from support.generation import begin, generation_config, sampling_mode
 from support.models import hidden_states
 
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # SplitMix64's odd constant near 2^64/phi, as a signed 64-bit integer
@@ -37,8 +37,8 @@ def mix(x: Tensor) -> Tensor:
     return x ^ (x >> 31 & 2**33 - 1)
 
 
-def gumbel_noise(seed: int, step: int, rows: Tensor, position: int, vocabulary: int) -> Tensor:
-    """Standard Gumbel noise [B, V], a pure function of (seed, step, row, position). rows [B] int64."""
+def gumbel_noise(seed: int, step: int, rows: Tensor, position: Tensor | int, vocabulary: int) -> Tensor:
+    """Standard Gumbel noise [B, V], a pure function of (seed, step, row, position). rows and position [B] int64."""
     key = torch.zeros_like(rows)
     for word in (seed, step, rows, position):
         key = mix(key + word + GOLDEN)
@@ -62,7 +62,7 @@ class StatelessSampler(LogitsProcessor):
     """
 
     def __init__(
-        self, rows: Tensor, position: int, *, seed: int, step: int, temperature: float, collision: bool = False
+        self, rows: Tensor, position: Tensor, *, seed: int, step: int, temperature: float, collision: bool = False
     ):
         self.rows, self.position, self.seed, self.step, self.temperature = rows, position, seed, step, temperature
         self.with_collision = collision
@@ -82,7 +82,7 @@ class StatelessSampler(LogitsProcessor):
         self.record["self_certainty"].append(-logprobs.mean(dim=-1) - math.log(logprobs.shape[-1]))
         collision = (probs**2 * (logprobs + entropy[:, None])).sum(dim=-1) if self.with_collision else entropy * 0
         self.record["collision"].append(collision)
-        self.position += 1
+        self.position = self.position + 1
         return perturbed
 
 
@@ -154,24 +154,6 @@ def from_completions(prompts: list[list[int]], completions: list[list[int]], dev
     return Rollout(prompts, tokens, mask, mask.any(dim=1), blank, blank, blank, blank)
 
 
-@contextmanager
-def sampling_mode(model):
-    """`eval()`, no gradients, and a blank generation_config; all restored afterwards.
-
-    Left in place, the model's own generation_config fills every field that ours leaves unset (a
-    repetition penalty, suppressed tokens ...), and the sampled distribution is no longer the scored one.
-    """
-    own, training = model.generation_config, model.training
-    model.generation_config = GenerationConfig()
-    model.eval()  # also: in train mode gradient checkpointing switches the KV cache off
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.generation_config = own
-        model.train(training)
-
-
 def sample(
     model,
     prompts: list[list[int]],
@@ -190,8 +172,8 @@ def sample(
     """Sample one completion per prompt from softmax(logits / temperature), nothing cut off.
 
     `rows` numbers the prompts within the step, over all ranks: with (seed, step) it decides the draws.
-    `batch_size` and `segment` (tokens between two sweeps of finished rows) change memory and speed only.
-    `progress` is called with the number of completions done.
+    `batch_size` and `segment` (tokens between two sweeps: finished rows leave, new ones enter) change memory and speed
+    only. `progress` is called with the number of completions done.
     """
     device = next(model.parameters()).device
     shape = (len(prompts), max_new_tokens)
@@ -199,37 +181,34 @@ def sample(
     record = {name: torch.zeros(shape, device=device) for name in RECORDED}
     stop_tensor = torch.tensor(stop, device=device)
     row_keys = torch.tensor(rows, dtype=torch.long, device=device)
+    batch, begun = None, 0
 
     with sampling_mode(model):
-        for first in range(0, len(prompts), batch_size):
-            alive = torch.arange(first, min(first + batch_size, len(prompts)), device=device)
-            ids, attention = pad_left([prompts[i] for i in alive.tolist()], device)
-            cache, drawn = None, 0
-            while drawn < max_new_tokens and len(alive):
-                sampler = StatelessSampler(row_keys[alive], drawn, seed=seed, step=step, temperature=temperature,
-                                           collision=collision)
-                output = model.generate(
-                    input_ids=ids,
-                    attention_mask=attention,
-                    past_key_values=cache,
-                    logits_processor=[sampler],
-                    generation_config=generation_config(min(segment, max_new_tokens - drawn), stop),
-                )
-                count = output.sequences.shape[1] - ids.shape[1]
-                new = torch.stack(sampler.tokens[:count], dim=1)
-                columns = slice(drawn, drawn + count)
-                tokens[alive, columns] = new
-                for name, values in record.items():
-                    values[alive, columns] = torch.stack(sampler.record[name][:count], dim=1)
-                drawn += count
-                # Finished rows leave: the rest goes on with its part of the cache.
-                going = (~torch.isin(new, stop_tensor).any(dim=1)).nonzero().squeeze(1)
-                if progress is not None:
-                    progress(len(alive) - (len(going) if drawn < max_new_tokens else 0))
-                alive, ids = alive[going], output.sequences[going]
-                attention = torch.cat([attention[going], attention.new_ones(len(going), count)], dim=1)
-                cache = output.past_key_values
-                cache.batch_select_indices(going)
+        while batch is not None or begun < len(prompts):
+            free = batch_size if batch is None else (batch_size - len(batch.rows)) * batch.may_grow
+            if begun < len(prompts) and free:
+                entering = begin(model, prompts, range(begun, min(begun + free, len(prompts))))
+                batch, begun = entering if batch is None else batch.joined(entering), begun + len(entering.rows)
+            sampler = StatelessSampler(row_keys[batch.rows], batch.drawn, seed=seed, step=step,
+                                       temperature=temperature, collision=collision)
+            length = min(segment, max_new_tokens - int(batch.drawn.max()))
+            output = model.generate(
+                input_ids=batch.ids,
+                attention_mask=batch.attention,
+                past_key_values=batch.cache,
+                logits_processor=[sampler],
+                generation_config=generation_config(length, stop),
+            )
+            count = output.sequences.shape[1] - batch.ids.shape[1]
+            new = torch.stack(sampler.tokens[:count], dim=1)
+            place = batch.rows[:, None], batch.drawn[:, None] + torch.arange(count, device=device)
+            tokens[place] = new
+            for name, values in record.items():
+                values[place] = torch.stack(sampler.record[name][:count], dim=1)
+            finished = torch.isin(new, stop_tensor).any(dim=1) | (batch.drawn + count == max_new_tokens)
+            if progress is not None:
+                progress(int(finished.sum()))
+            batch = batch.after(output.sequences, count, ~finished)
 
     is_stop = torch.isin(tokens, stop_tensor)
     mask = is_stop.cumsum(dim=1) - is_stop.long() == 0  # no stop token *before* this position
@@ -237,35 +216,6 @@ def sample(
     width = int(mask.sum(dim=1).max()) if len(prompts) else 0
     record = {name: values.masked_fill(~mask, 0.0)[:, :width] for name, values in record.items()}
     return Rollout(list(prompts), tokens.masked_fill(~mask, 0)[:, :width], mask[:, :width], stopped, **record)
-
-
-def generation_config(max_new_tokens: int, stop: list[int]) -> GenerationConfig:
-    """Greedy, for StatelessSampler has drawn the token already: temperature, top-p and top-k never act.
-
-    What `generate` would still do to the logits before that is switched off by name.
-    """
-    return GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        eos_token_id=stop,
-        pad_token_id=stop[0],  # only what `generate` writes after a finished row; never read
-        do_sample=False,
-        num_beams=1,
-        temperature=1.0,
-        top_p=1.0,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        min_new_tokens=0,
-        use_cache=True,
-        return_dict_in_generate=True,
-    )
-
-
-def pad_left(prompts: list[list[int]], device) -> tuple[Tensor, Tensor]:
-    """Prompts side by side, padded on the left so that all end together: ids and attention mask [B, P]."""
-    width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
-    attention = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    return ids, attention
 
 
 def decode(tokenizer, rollout: Rollout) -> list[str]:

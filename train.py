@@ -21,6 +21,7 @@ import math
 import os
 import time
 import zlib
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -288,8 +289,8 @@ def dry_run(config, keys: dict, problems: list, heldout: dict[str, list]) -> Non
     prompts = data.prompt_ids(run.tokenizer, run.problems + heldout, config.prompt)
     models.check_lengths(run.policy.config, prompts, config.max_new_tokens)
     strategy = scope.STRATEGIES[config.selection.strategy]
-    needed = memory.estimate(
-        run.policy.config, sum(p.numel() for p in run.policy.parameters()), config, ranks=ranks,
+    needed = partial(
+        memory.estimate, run.policy.config, sum(p.numel() for p in run.policy.parameters()), ranks=ranks,
         precision="fp32" if config.precision == "fp32" else "bf16", prompt=max(map(len, prompts)),
         reference=strategy.selects or config.grpo.kl_coef > 0, all_selected=strategy.share == 1)
     print(memory.report(

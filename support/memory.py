@@ -4,6 +4,8 @@ The memory is what PyTorch's allocator would hold at its peak on each rank, from
 fitted to the live tensors of real updates and rollouts (a test does so), in both precisions.
 """
 
+import copy
+
 import torch
 
 GB = 1e9
@@ -75,14 +77,34 @@ def estimate(
                     "total": fixed + max(update, sampling)}
 
 
+def largest_fit(capacity: float, config, needed) -> str:
+    """The largest batches, powers of two, that take at most `capacity` bytes, as words for the command line.
+
+    needed: `estimate` of a config; `offload` is proposed where nothing fits without.
+    """
+    tried = copy.deepcopy(config)
+    for offload in dict.fromkeys((config.offload, True)):
+        tried.offload = offload
+        for tried.rollout.batch_size in (2**i for i in range(9, -1, -1)):
+            if needed(tried)["sampling"] <= capacity:
+                break
+        for tried.micro_batch_tokens in (2**i for i in range(17, 9, -1)):
+            if needed(tried)["update"] <= capacity:
+                break
+        if needed(tried)["total"] <= capacity:
+            return (f"rollout.batch_size={tried.rollout.batch_size} micro_batch_tokens={tried.micro_batch_tokens}"
+                    + " offload=true" * offload)
+    return "too small, whatever the batches"
+
+
 def report(
     model, tokenizer, *, changed: dict, prompts: list[list[int]], problems: int, heldout: int, stop_ids: str,
-    needed: dict[str, float], config, ranks: int,
+    needed, config, ranks: int,
 ) -> str:
     """Everything that can be said without weights, on a few lines.
 
     changed: the keys that are not config.yaml's; prompts: token ids, of `problems` to train on and `heldout` others;
-    needed: from `estimate`.
+    needed: `estimate` of a config.
     """
     parameters = sum(p.numel() for p in model.parameters())
     completions = config.prompts_per_step * config.group_size
@@ -97,18 +119,21 @@ def report(
         f"a step: {config.prompts_per_step} prompts x {config.group_size} = {completions} completions of up to "
         f"{config.max_new_tokens} tokens, {completions * config.max_new_tokens:,} tokens in all; on each of {ranks} "
         f"rank(s) {completions // ranks} completions; {config.grpo.updates_per_rollout} update(s)",
-        f"at once: {config.rollout.batch_size} completions sampled; {config.micro_batch_size} updated from"
-        + f", of up to {config.micro_batch_tokens:,} tokens" * (config.micro_batch_tokens > 0),
+        f"at once: up to {config.rollout.batch_size} completions sampled, and {config.micro_batch_size} updated from"
+        + f" of up to {config.micro_batch_tokens:,} tokens" * (config.micro_batch_tokens > 0),
         f"prompts: up to {max(map(len, prompts))} tokens, {sum(map(len, prompts)) / len(prompts):.0f} on average",
         f"an epoch: {problems:,} problems = {epoch} steps and {problems % config.prompts_per_step} problems "
         f"left over; {config.steps} steps = {config.steps / epoch:.2f} epochs",
         f"an evaluation: {heldout} problems x {config.evaluation.samples} = "
         f"{heldout * config.evaluation.samples:,} completions, before and after training",
         "memory on each rank, computed for CUDA, GB:",
-        *(f"  {name:>12} {value / GB:8.2f}" for name, value in needed.items()),
+        *(f"  {name:>12} {value / GB:8.2f}" for name, value in needed(config).items()),
     ]
-    if torch.cuda.is_available():
-        free, whole = torch.cuda.mem_get_info()
-        verdict = "enough" if needed["total"] < free else "NOT enough: see docs/real-models.md on memory"
-        return "\n".join([*lines, f"this device has {whole / GB:.1f} GB, {free / GB:.1f} GB of them free: {verdict}"])
-    return "\n".join([*lines, "no CUDA device here to compare with"])
+    free = [torch.cuda.mem_get_info()[0] / GB] if torch.cuda.is_available() else []
+    if free:
+        enough = needed(config)["total"] < free[0] * GB
+        verdict = "enough" if enough else "NOT enough: see docs/real-models.md on memory"
+        lines.append(f"this device has {free[0]:.1f} GB free: {verdict}")
+    lines.append("the largest batches, a tenth of the memory left free:")
+    lines += [f"  {card:6.1f} GB: {largest_fit(0.9 * card * GB, config, needed)}" for card in free or (24, 40, 80, 141)]
+    return "\n".join(lines)

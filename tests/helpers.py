@@ -5,7 +5,14 @@ import math
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 import step as steps
 from support import config as configs
@@ -24,7 +31,8 @@ SMALL = ["toy.layers=1", "toy.hidden=16", "toy.heads=2", "toy.intermediate=16", 
 def tiny_model(architecture: str = "qwen2", *, seed: int = 0, spread: float = 1.5, **changes):
     """A random 2-layer model; `spread` scales the embeddings, so that its distributions are not flat."""
     config_class, model_class = {"qwen2": (Qwen2Config, Qwen2ForCausalLM),
-                                 "llama": (LlamaConfig, LlamaForCausalLM)}[architecture]
+                                 "llama": (LlamaConfig, LlamaForCausalLM),
+                                 "mistral": (MistralConfig, MistralForCausalLM)}[architecture]
     torch.manual_seed(seed)
     shape = dict(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
                  num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128, eos_token_id=1,

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import VOCABULARY, tiny_model
+from helpers import ALONE, VOCABULARY, config_of, tiny_model
 from transformers import GenerationConfig
 
 import grpo
@@ -241,21 +241,72 @@ def test_sampling_leaves_training_mode_and_uses_the_cache(model, prompts):
     )
     sample(model, prompts)
     hook.remove()
-    assert widths[0] == max(map(len, prompts)) and set(widths[1:]) == {1}
+    assert widths[0] == max(map(len, prompts)) - 1 and set(widths[1:]) == {1}
     assert model.training
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_finished_rows_leave_the_batch(prompts):
-    model, batches = tiny_model(), []
-    model.base_model.layers[0].register_forward_pre_hook(
-        lambda module, args, kwargs: batches.append((args or [kwargs["hidden_states"]])[0].shape[0]), with_kwargs=True
-    )
-    result = sample(model, prompts, segment=2)
+def passes(model, prompts, **words):
+    """The rollout, and (rows, columns) of each forward pass."""
+    seen = []
+
+    def note(module, args, kwargs):
+        seen.append((args or [kwargs["hidden_states"]])[0].shape[:2])
+
+    hook = model.base_model.layers[0].register_forward_pre_hook(note, with_kwargs=True)
+    result = sample(model, prompts, **words)
+    hook.remove()
+    return result, seen
+
+
+def test_finished_rows_leave_the_batch(model, prompts):
+    result, (_, *decoded) = passes(model, prompts, segment=2)
     lengths = result.lengths.tolist()
-    for position, rows in enumerate(batches):
+    for position, (rows, columns) in enumerate(decoded):
         alive = sum(length > position - position % 2 for length in lengths)  # swept after every second token
-        assert rows == alive
+        assert (rows, columns) == (alive, 1)
+
+
+def test_new_rows_take_the_place_of_finished_ones(model, prompts):
+    """Against a simulation by counts alone: 4 places, swept after every 2 tokens."""
+    prompts = [*prompts, *prompts]
+    result, seen = passes(model, prompts, segment=2, batch_size=4)
+    waiting, places, expected = result.lengths.tolist(), [], []
+    while waiting or places:
+        while waiting and len(places) < 4:
+            places.append([waiting.pop(0), 0])
+        columns = min(2, 20 - max(drawn for _, drawn in places))
+        for _ in range(columns):
+            if any(length > drawn for length, drawn in places):  # `generate` stops when all of them have
+                expected.append(len(places))
+                places = [[length, drawn + 1] for length, drawn in places]
+        places = [[length, drawn] for length, drawn in places if length > drawn]
+    assert [rows for rows, columns in seen if columns == 1] == expected
+    in_batches = sum(max(result.lengths.tolist()[first : first + 4]) for first in range(0, len(prompts), 4))
+    assert len(expected) < 0.9 * in_batches
+
+
+def test_a_prompt_of_a_group_is_read_once(model, prompts):
+    groups = [prompt for prompt in prompts for _ in range(8)]
+    result, seen = passes(model, groups)
+    assert seen[0] == (len(prompts), max(map(len, prompts)) - 1) and len(result.prompts) == 8 * len(prompts)
+
+
+def test_a_sliding_window_is_sampled_batch_by_batch(prompts):
+    """Its cache holds the last columns only: rows leave, none enter; and the record is what the scorer finds."""
+    model = tiny_model("mistral", sliding_window=4)
+    whole, seen = passes(model, prompts, batch_size=5, segment=3)
+    assert rows_of(whole) == rows_of(sample(model, prompts)) and len([1 for _, columns in seen if columns > 1]) == 3
+    scored = rollout.rescore(model, whole, config_of(), ALONE)
+    torch.testing.assert_close(scored.logprobs, whole.logprobs, rtol=0, atol=1e-4)
+
+
+def test_prompts_of_one_token(model):
+    """There is nothing to read before the first draw."""
+    short = sample(model, [[7], [9], [7], [3, 4, 5]], batch_size=2, segment=3)
+    assert rows_of(short) == rows_of(sample(model, [[7], [9], [7], [3, 4, 5]]))
+    scored = rollout.rescore(model, short, config_of(), ALONE)
+    torch.testing.assert_close(scored.logprobs, short.logprobs, rtol=0, atol=1e-4)
 
 
 def test_progress_counts_every_completion_once(model, prompts):
