@@ -117,9 +117,9 @@ class Live(TorchDispatchMode):
 
 @pytest.mark.parametrize(
     "family, checkpointing, chunk, strategy, precision",
-    [("qwen2", True, 256, "scope", "bf16"), ("qwen2", False, 256, "none", "bf16"), ("llama", True, 128, "scope", "bf16"),
-     ("llama", False, 4096, "all", "bf16"), ("qwen2", True, 256, "scope", "fp32"),
-     ("llama", False, 4096, "all", "fp32")],
+    [("qwen2", True, 256, "scope", "bf16"), ("qwen2", False, 256, "none", "bf16"),
+     ("llama", True, 128, "scope", "bf16"), ("llama", False, 4096, "all", "bf16"),
+     ("qwen2", True, 256, "scope", "fp32"), ("llama", False, 4096, "all", "fp32")],
 )
 def test_memory_against_live_tensors(family, checkpointing, chunk, strategy, precision):
     """Of a real update and rollout: what comes on top of weights, gradients and optimizer within a tenth."""
