@@ -235,11 +235,15 @@ def two_ranks_train_like_one(real_runs):
 
 
 def test_benchmark_prints_a_ratio(in_tmp, capsys):
-    benchmark.main(configs.training_keys([*SMALL, "steps=2"]))
+    benchmark.main("step", configs.training_keys([*SMALL, "steps=2"]))
     printed = capsys.readouterr().out
     assert all(f"{strategy:>6}: selection and update" in printed for strategy in benchmark.STRATEGIES)
     with pytest.raises(configs.UserError, match="objective=ppo"):
-        benchmark.main(configs.training_keys([*SMALL, "objective=ppo"]))
+        benchmark.main("step", configs.training_keys([*SMALL, "objective=ppo"]))
+    with pytest.raises(configs.UserError, match="give one of step, memory, rollout, ranks, growth, peer"):
+        benchmark.main("speed", {})
+    ways = [benchmark.measured_update(way, 64, vocabulary=300)[2] for way in ("chunks", "full logits")]
+    assert ways[0] == pytest.approx(ways[1], rel=1e-5) and ways[0] > 0.01  # what is compared has one gradient
 
 
 def evaluate_command_on_a_trained_model(real_runs):
