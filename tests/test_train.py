@@ -2,6 +2,7 @@
 
 import json
 import math
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,6 @@ from support import config as configs
 from support import models
 from support.files import replace_folder
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
 def test_learning_rate():
     def rates(*words, steps=10):
@@ -63,8 +63,8 @@ def test_metrics_by_hand():
 
 # ---------------------------------------------------------------- whole runs, on a toy of a few weights
 
-REAL = [*SMALL, "steps=2", "toy.updates=30", "reward=trajectory_likelihood", "grpo.updates_per_rollout=2",
-        "optimizer.lr=0.001"]
+REAL = [*SMALL, "steps=2", "prompts_per_step=8", "toy.updates=30", "reward=trajectory_likelihood",
+        "grpo.updates_per_rollout=2", "optimizer.lr=0.001"]
 
 
 @pytest.fixture
@@ -174,19 +174,23 @@ def test_replaced_folder_is_old_or_new(tmp_path):
 
 
 def test_real_runs(tmp_path):
-    """The real command, by one process and by two ranks. One test, as runs take long."""
-    commands = {
-        "alone": [sys.executable, ROOT / "train.py"],
-        "ranks": [*TORCHRUN, "--nproc_per_node=2", ROOT / "train.py"],
-    }
-    commands["ranks again"] = [*commands["alone"], "resume=true"]  # one process, from what two have saved
-    for name, command in commands.items():
+    """The real command, by one process and by four ranks on two "nodes" of this machine. One test: runs take long."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        meeting = f"--rdzv_endpoint=localhost:{free.getsockname()[1]}"
+    alone = [sys.executable, ROOT / "train.py"]
+    node = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=2", "--rdzv_backend=c10d",
+            meeting, ROOT / "train.py"]
+    for name, commands in {"alone": [alone], "ranks": [node, node],
+                           "ranks again": [[*alone, "resume=true"]]}.items():  # one process, from what four have saved
         words = [*REAL, f"name={name.split()[0]}"]
-        result = subprocess.run([*command, *words], cwd=tmp_path, capture_output=True, text=True, timeout=170)
-        assert result.returncode == 0, result.stderr
-        (tmp_path / f"{name}.txt").write_text(result.stdout)
+        started = [subprocess.Popen([*command, *words], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                    text=True) for command in commands]
+        told = [process.communicate(timeout=170) for process in started]
+        assert [process.returncode for process in started] == [0] * len(started), told
+        (tmp_path / f"{name}.txt").write_text(told[0][0])
     a_real_run_writes_everything(tmp_path)
-    two_ranks_train_like_one(tmp_path)
+    four_ranks_train_like_one(tmp_path)
     evaluate_command_on_a_trained_model(tmp_path)
 
 
@@ -219,18 +223,18 @@ def a_real_run_writes_everything(real_runs):
         assert word in printed
 
 
-def two_ranks_train_like_one(real_runs):
+def four_ranks_train_like_one(real_runs):
     """The same draws, selection and losses, step for step, whatever the number of ranks; and the same weights."""
     alone, ranks = (read(real_runs / "runs" / name / "metrics.jsonl") for name in ("alone", "ranks"))
     for one, other in zip(alone, ranks, strict=True):
         for key in [key for key in one if not key.startswith("time/") and key != "mem_gb"]:
-            assert one[key] == pytest.approx(other[key], rel=1e-2, abs=1e-5), key
+            assert one[key] == pytest.approx(other[key], rel=1e-4, abs=1e-5), key
     assert all(row["grad_norm"] > 1e-3 and row["kl_old"] > 0 for row in alone[1:-1]) and alone[2]["kl/selected"] > 0
     (base,) = (real_runs / "runs").glob("toy-base-*")
     folders = base, real_runs / "runs" / "alone" / "model", real_runs / "runs" / "ranks" / "model"
     before, one, other = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in folders)
     for name in one:
-        torch.testing.assert_close(one[name], other[name], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(one[name], other[name], rtol=1e-5, atol=1e-6)
         assert (one[name] - before[name]).abs().max() > 1e-3  # and they did move
 
 
