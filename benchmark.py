@@ -15,6 +15,7 @@ import sys
 from support import config as configs
 
 if __name__ == "__main__":
+    configs.answer_help(sys.argv[1:], __doc__, configs.read_defaults())
     with configs.one_line_errors():
         KEYS = configs.training_keys(sys.argv[2:])
 

@@ -14,6 +14,7 @@ import sys
 from support import config as configs
 
 if __name__ == "__main__":  # before torch is imported: a typo is reported at once
+    configs.answer_help(sys.argv[1:], __doc__, configs.evaluation_keys(["model=toy"]))
     with configs.one_line_errors():
         KEYS = configs.evaluation_keys(sys.argv[1:])
 

@@ -1,7 +1,7 @@
 """Train a language model with GRPO, and SCOPE's KL penalty on the few tokens that drive entropy collapse.
 
-    torchrun train.py                                    # embedded default: toy model, Countdown; CPU, minutes
-    torchrun train.py selection.strategy=none            # plain GRPO
+    python train.py                                      # embedded default: toy model, Countdown; CPU, minutes
+    python train.py selection.strategy=none              # plain GRPO
     torchrun --nproc_per_node=4 train.py model=Qwen/Qwen2.5-1.5B gradient_checkpointing=true micro_batch_size=4 ...
 
 One step, with the numbers that README and the comments below use:
@@ -13,6 +13,7 @@ import sys
 from support import config as configs
 
 if __name__ == "__main__":  # before torch is imported: a typo is reported at once
+    configs.answer_help(sys.argv[1:], __doc__, configs.read_defaults())
     with configs.one_line_errors():
         KEYS = configs.training_keys(sys.argv[1:])
 
@@ -303,6 +304,9 @@ def main(keys: dict) -> None:
     config = configs.namespace(configs.nest(keys))
     steps.check_methods(config)
     folder = None if config.dry_run else checkpoint.run_folder(config, keys)
+    if config.resume and checkpoint.is_finished(folder, config.steps):
+        configs.print_notes([f"{folder} is finished: {config.steps} steps; evaluation.json has its table"])
+        return
     problems, heldout, notes = data.problem_sets(config)
     configs.require(len(problems) >= config.prompts_per_step,
                     f"prompts_per_step={config.prompts_per_step}: there are only {len(problems)} problems to train on; "

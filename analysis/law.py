@@ -84,6 +84,7 @@ def evaluation_points(folder: str) -> list[tuple[int, float, float]]:
 
 def law_keys(arguments: list[str]) -> dict:
     keys = configs.override(KEYS, arguments)
+    configs.require(keys["runs"] != "", "give runs=FOLDER,FOLDER: runs of train.py, such as runs=runs/grpo,runs/scope")
     configs.require(not Path(keys["out"]).is_file(), f"out={keys['out']} is a file: give a folder")
     for folder in configs.listed(keys["runs"]):
         configs.require((Path(folder) / "metrics.jsonl").is_file(),
@@ -92,6 +93,7 @@ def law_keys(arguments: list[str]) -> dict:
 
 
 def main(arguments: list[str]) -> None:
+    configs.answer_help(arguments, __doc__, KEYS)
     config = configs.namespace(law_keys(arguments))
     runs = {folder: evaluation_points(folder) for folder in configs.listed(config.runs)}
     fits = {name: fit_law(*zip(*[point[1:] for point in points])) for name, points in runs.items()}

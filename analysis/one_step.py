@@ -23,10 +23,15 @@ FIXED = {"reward.kind": "accuracy", "objective": "forking_rl", "selection.strate
          "grpo.updates_per_rollout": 1}
 
 
+def keys_of_an_analysis(own: dict) -> dict:
+    """Those of a run that matter to it, and its own, with their defaults."""
+    return {key: value for key, value in configs.read_defaults().items() if key.startswith(RUN_KEYS)} | OWN_KEYS | own
+
+
 def analysis_keys(arguments: list[str], own: dict, least: dict) -> dict:
     """The flat, checked config of an analysis: the keys of a run that matter, and its own, not below `least`."""
     configs.require(os.environ.get("WORLD_SIZE", "1") == "1", "an analysis is one process: start it with python")
-    keys = {key: value for key, value in configs.read_defaults().items() if key.startswith(RUN_KEYS)} | OWN_KEYS | own
+    keys = keys_of_an_analysis(own)
     run = next((word.removeprefix("run=") for word in arguments if word.startswith("run=")), "")
     keys = configs.override(keys | (run_settings(Path(run), keys) if run else {}), arguments)
     configs.require(not Path(keys["out"]).is_file(), f"out={keys['out']} is a file: give a folder")

@@ -19,7 +19,10 @@ SHARD = "optimizer-{}.pt"  # of each rank
 
 
 def run_folder(config, keys: dict) -> Path:
-    """runs/<name>, refused if another run is in it, or if `resume` would go on with other settings."""
+    """runs/<name>, refused if another run is in it, or if `resume` would go on with other settings.
+
+    More steps than before are the one exception, under a constant rate: the warm-up in config and keys is adapted.
+    """
     name = config.name
     if name == "auto":
         data = "-".join(word for word in Path(config.data.file).with_suffix("").parts[-2:] if word.strip("/."))
@@ -30,16 +33,27 @@ def run_folder(config, keys: dict) -> Path:
     stored = folder / "config.yaml"
     if config.resume:
         configs.require(stored.is_file(), f"resume=true: {folder} holds no run; leave resume out to start one")
-        old = configs.flatten(yaml.safe_load(stored.read_text()))
-        for key in sorted(keys.keys() - MAY_DIFFER):
-            configs.require(old.get(key) == keys[key],
-                            f"resume=true: {key}={keys[key]}, but the run in {folder} has {old.get(key)}; "
-                            f"give {key}={old.get(key)}, or start a run of another name=")
+        old = configs.flatten(configs.read_yaml(stored.read_text()))
+        other = [key for key in sorted(keys.keys() - MAY_DIFFER) if old.get(key) != keys[key]]
+        if "steps" in other and config.optimizer.schedule == "constant" and keys["steps"] > old["steps"]:
+            other.remove("steps")  # the warm-up keeps its steps
+            keys["optimizer.warmup"] = config.optimizer.warmup = old["optimizer.warmup"] * old["steps"] / keys["steps"]
+        configs.require(not other, f"resume=true: the run in {folder} has "
+                        + ", ".join(f"{key}={old.get(key)}, not {keys[key]}" for key in other)
+                        + "; leave these words out, or start a run of another name="
+                        + " (more steps need optimizer.schedule=constant)" * ("steps" in other))
     else:
         configs.require(not folder.exists() or not any(folder.iterdir()),
                         f"{folder} already holds a run: give another name=, resume=true to go on with it, "
                         "or delete the folder")
     return folder
+
+
+def is_finished(folder: Path, steps: int) -> bool:
+    """Whether the run has its last table, of so many steps."""
+    if not (folder / "evaluation.json").is_file():
+        return False
+    return configs.read_yaml((folder / "config.yaml").read_text())["steps"] == steps
 
 
 class Log:
@@ -55,8 +69,10 @@ class Log:
         if not active:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / "config.yaml").exists():  # a resumed run keeps the one it has
-            replace_text(folder / "config.yaml", yaml.safe_dump(configs.nest(keys), sort_keys=False))
+        stored = folder / "config.yaml"  # a resumed run keeps the one it has, unless it is to take more steps
+        if not stored.exists() or configs.read_yaml(stored.read_text())["steps"] < keys["steps"]:
+            (folder / "evaluation.json").unlink(missing_ok=True)
+            replace_text(stored, yaml.safe_dump(configs.nest(keys | {"resume": False}), sort_keys=False))
         for path in (folder / "metrics.jsonl", folder / "samples.jsonl"):
             lines = path.read_text().splitlines(keepends=True) if start and path.exists() else []
             kept = [line for line in lines if line.endswith("\n") and self.stays(json.loads(line), start)]

@@ -3,6 +3,7 @@
 Standard library and yaml only, so that a typo is reported before torch is imported.
 """
 
+import difflib
 import importlib.util
 import math
 import os
@@ -17,6 +18,18 @@ import yaml
 
 DEFAULTS = Path(__file__).parents[1] / "config.yaml"
 SHORT = {"data": "data.file", "reward": "reward.kind"}
+
+
+class Loader(yaml.SafeLoader):
+    """YAML in which 1e-6 is a number, as in its version 1.2."""
+
+
+Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d[\d_]*(\.[\d_]*)?[eE][-+]?\d+$"),
+                             list("-+0123456789"))
+
+
+def read_yaml(text: str):
+    return yaml.load(text, Loader)  # as safe as safe_load, whose subclass it is
 
 
 class UserError(Exception):
@@ -45,7 +58,25 @@ def print_notes(notes: list[str]) -> None:
 
 def read_defaults() -> dict:
     """config.yaml as a flat dictionary, `{"optimizer.lr": 3e-05, ...}`."""
-    return flatten(yaml.safe_load(DEFAULTS.read_text(encoding="utf-8")))
+    return flatten(read_yaml(DEFAULTS.read_text(encoding="utf-8")))
+
+
+def answer_help(arguments: list[str], doc: str, keys: dict) -> None:
+    """-h, --help or help among the words: prints what the command does, and its keys with their defaults."""
+    if not {"-h", "--help", "help"} & set(arguments):
+        return
+    groups, kept = [], False
+    shown = [f"{key}: {value}" for key, value in keys.items() if key not in read_defaults()]
+    for line in DEFAULTS.read_text(encoding="utf-8").splitlines():
+        if found := re.match(r"( *)(\w+):", line):
+            groups = [*groups[: len(found[1]) // 2], found[2]]
+            name = ".".join(groups)
+            kept = any(key == name or key.startswith(name + ".") for key in keys)
+        elif not line.strip().startswith("#") or not line.startswith(" "):
+            kept = False  # a comment of its own; those that go on from the line above stay with it
+        shown += [line] * kept
+    print(f"{doc.strip()}\n\nKeys, with their defaults; group.key=value on the command line:\n\n" + "\n".join(shown))
+    sys.exit(0)
 
 
 def flatten(tree: dict, prefix: str = "") -> dict:
@@ -75,10 +106,11 @@ def override(defaults: dict, arguments: list[str]) -> dict:
         if not equals:
             raise UserError(f"argument {argument!r} is not key=value; for example optimizer.lr=1.0e-5")
         key = SHORT.get(key, key)
-        if key not in defaults:
-            raise UserError(f"unknown config key {key!r}: the keys are {closest(key, defaults)}")
+        group = [name for name in defaults if name.startswith(key + ".")]
+        require(not group, f"{argument}: {key} is a group; its keys are {', '.join(group)}")
+        require(key in defaults, f"unknown config key {key!r}: {closest(key, defaults)}")
         try:
-            value = text if isinstance(defaults[key], str) else yaml.safe_load(text)
+            value = text if isinstance(defaults[key], str) and text not in ("null", "~") else read_yaml(text)
         except yaml.YAMLError:
             value = text
         flat[key] = typed(key, value, defaults[key], shown=text)
@@ -89,11 +121,11 @@ def typed(key: str, value, default, shown: str):
     """`value`, if it has the default's type."""
     if type(value) is int and type(default) is float:
         value = float(value)
-    if type(value) is not type(default):
-        mend = f"write it like {default!r}"
-        if type(default) is float and "e" in shown.lower():
-            mend = "YAML reads a number like 1e-6 as text: write the mantissa with a point, 1.0e-6"
-        raise UserError(f"{key}={shown}: needs {NAMES[type(default)]}; {mend}")
+    if type(value) is float and type(default) is int and value.is_integer():
+        value = int(value)  # 1e3
+    if value is None and type(default) is str:
+        value = ""
+    require(type(value) is type(default), f"{key}={shown}: needs {NAMES[type(default)]}; write it like {default!r}")
     return value
 
 
@@ -103,13 +135,13 @@ def recipe_keys(arguments: list[str], known: dict) -> dict:
     if not file:
         return {}
     try:
-        tree = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        tree = read_yaml(Path(file).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"recipe={file} cannot be read: {' '.join(str(error).split())}") from None
     require(isinstance(tree, dict), f"recipe={file}: give a YAML file of keys as in config.yaml")
     flat = {SHORT.get(key, key): value for key, value in flatten(tree).items()}
     for key in flat:
-        require(key in known, f"recipe={file}: unknown config key {key!r}: the keys are {closest(key, known)}")
+        require(key in known, f"recipe={file}: unknown config key {key!r}: {closest(key, known)}")
     try:
         return {key: typed(key, value, known[key], shown=str(value)) for key, value in flat.items()}
     except UserError as error:
@@ -120,10 +152,13 @@ NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "
 
 
 def closest(key: str, keys) -> str:
-    """The keys of the same name or group, or else every group: a hint that fits on one line."""
+    """The key that is meant, or those of the same name or group, or every group: a hint that fits on one line."""
     group, _, name = key.rpartition(".")
-    near = [k for k in keys if k.rpartition(".")[2] == name or (group and k.startswith(group + "."))]
-    return ", ".join(near or sorted({k.partition(".")[0] for k in keys}))
+    near = [k for k in keys if k.rpartition(".")[2] == name] or difflib.get_close_matches(key, keys, n=1, cutoff=0.8)
+    if near:
+        return f"did you mean {' or '.join(near)}?"
+    near = [k for k in keys if group and k.startswith(group + ".")]
+    return "the keys are " + ", ".join(near or sorted({k.partition(".")[0] for k in keys}))
 
 
 def require(condition: bool, message: str) -> None:
@@ -150,9 +185,18 @@ def own_words(arguments: list[str], own: dict) -> tuple[dict, list[str]]:
 def training_keys(arguments: list[str]) -> dict:
     """The flat, checked config of train.py: config.yaml, a recipe laid over it, and `key=value` arguments."""
     defaults = read_defaults()
-    keys = override(defaults | recipe_keys(arguments, defaults), arguments)
+    keys = override(defaults | stored_keys(arguments, defaults) | recipe_keys(arguments, defaults), arguments)
     check(keys)
     return keys
+
+
+def stored_keys(arguments: list[str], known: dict) -> dict:
+    """With resume=true name=NAME: that run's own settings; none where there is no such run."""
+    names = [word.removeprefix("name=") for word in arguments if word.startswith("name=")]
+    stored = Path("runs") / (names or [""])[-1] / "config.yaml"
+    if "resume=true" not in arguments or not names or not stored.is_file():
+        return {}
+    return {key: value for key, value in flatten(read_yaml(stored.read_text())).items() if key in known}
 
 
 def evaluation_keys(arguments: list[str]) -> dict:
@@ -183,7 +227,7 @@ def trained_otherwise(model: str, prompt: dict) -> list[str]:
     stored = Path(model).parent / "config.yaml"
     if not stored.is_file():
         return []
-    keys = flatten(yaml.safe_load(stored.read_text()))
+    keys = flatten(read_yaml(stored.read_text()))
     return [f"{model} was trained with prompt.{name}={keys[f'prompt.{name}']} and is asked otherwise here: "
             f"recipe={stored} brings its prompts" for name in prompt
             if keys.get(f"prompt.{name}", prompt[name]) != prompt[name]]
@@ -213,8 +257,7 @@ def check(keys: dict) -> None:
     def bound(key, low, high=float("inf"), *, above=False):
         if key not in keys:
             return
-        require(type(keys[key]) in (int, float), f"{key}={keys[key]!r} in config.yaml is not a number: write floats "
-                                                 "with a point, 1.0e-6, for YAML reads 1e-6 as text")
+        require(type(keys[key]) in (int, float), f"{key}={keys[key]!r} in config.yaml is not a number")
         fits = math.isfinite(keys[key]) and (low < keys[key] if above else low <= keys[key]) and keys[key] <= high
         limits = f"{'above' if above else 'at least'} {low}" + (f" and at most {high}" if math.isfinite(high) else "")
         require(fits, f"{key}={keys[key]}: give a number {limits}")

@@ -111,10 +111,28 @@ def test_killed_and_resumed_is_the_unbroken_run(in_tmp, monkeypatch, killed_in):
     assert not (in_tmp / "runs" / "broken" / "model").exists()
     train.main(configs.training_keys([*SMALL, "name=broken", "resume=true"]))
     assert metrics_of("broken") == rows
-    train.main(configs.training_keys([*SMALL, "name=broken", "resume=true"]))  # nothing left to do: nothing twice
+    with monkeypatch.context() as patch:
+        patch.setattr(steps, "set_up", None)
+        train.main(configs.training_keys(["name=broken", "resume=true"]))  # nothing left to do
     assert metrics_of("broken") == rows
     for name, weight in weights_of("whole").items():
         assert torch.equal(weight, weights_of("broken")[name])
+
+
+def test_a_run_goes_on_by_its_name_and_may_take_more_steps(in_tmp):
+    """Its own settings are taken; of other words all are named; under a constant rate steps= may be raised."""
+    words = [*SMALL, "optimizer.schedule=constant", "optimizer.warmup=0.5"]
+    train.main(configs.training_keys([*words, "name=longer", "steps=2"]))
+    with pytest.raises(configs.UserError, match="optimizer.lr=0.01, not 0.5, seed=0, not 1; leave"):
+        train.main(configs.training_keys(["name=longer", "resume=true", "seed=1", "optimizer.lr=0.5"]))
+    train.main(configs.training_keys(["name=longer", "resume=true", "steps=4"]))
+    train.main(configs.training_keys([*words, "name=whole", "steps=4", "optimizer.warmup=0.25"]))
+    assert metrics_of("longer") == metrics_of("whole")
+    with pytest.raises(configs.UserError, match="steps=4, not 3"):
+        train.main(configs.training_keys(["name=longer", "resume=true", "steps=3"]))
+    train.main(configs.training_keys([*SMALL, "name=cosine", "steps=2"]))
+    with pytest.raises(configs.UserError, match="more steps need optimizer.schedule=constant"):
+        train.main(configs.training_keys(["name=cosine", "resume=true", "steps=3"]))
 
 
 def test_the_schedule_the_samples_and_the_base_reach_the_run(in_tmp, monkeypatch):
@@ -184,6 +202,8 @@ def test_real_runs(tmp_path):
     for name, commands in {"alone": [alone], "ranks": [node, node],
                            "ranks again": [[*alone, "resume=true"]]}.items():  # one process, from what four have saved
         words = [*REAL, f"name={name.split()[0]}"]
+        if name == "ranks again":
+            (tmp_path / "runs" / "ranks" / "evaluation.json").unlink()  # or it would be finished
         started = [subprocess.Popen([*command, *words], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                     text=True) for command in commands]
         told = [process.communicate(timeout=170) for process in started]

@@ -149,7 +149,7 @@ def test_runs_that_cannot_be_fitted(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    ([], "give a word"), (["runs=nowhere"], "runs=nowhere: no metrics.jsonl"), (["step=3"], "unknown config key"),
+    ([], "give runs=FOLDER"), (["runs=nowhere"], "runs=nowhere: no metrics.jsonl"), (["step=3"], "unknown config key"),
     (["runs=run", "out=run/metrics.jsonl"], "out=run/metrics.jsonl is a file")])
 def test_bad_input(tmp_path, monkeypatch, arguments, words):
     monkeypatch.chdir(tmp_path)

@@ -1,6 +1,8 @@
 """Bad input: one line on stderr that names the thing and the mend, exit code 2, nothing written, at once."""
 
 import contextlib
+import importlib
+import inspect
 import io
 import os
 import subprocess
@@ -43,12 +45,14 @@ def check_message(result, *words):
 BAD = {
     "unknown key": (["selection.strategi=none"], ["selection.strategi", "selection.strategy"]),
     "unknown group": (["optimiser.lr=1.0"], ["optimiser.lr", "optimizer.lr"]),
-    "no equals sign": (["--help"], ["--help", "key=value"]),
+    "no equals sign": (["--fast"], ["--fast", "key=value"]),
+    "a group": (["optimizer=lr"], ["optimizer is a group", "optimizer.lr, optimizer.schedule"]),
+    "a typo": (["selection.stratgy=none"], ["did you mean selection.strategy?"]),
+    "null for a number": (["steps=null"], ["steps=null", "whole number"]),
     "text for a number": (["steps=many"], ["steps=many", "whole number"]),
     "float for a whole number": (["steps=1.5"], ["steps=1.5", "whole number"]),
     "number for a truth value": (["resume=1"], ["resume=1", "true or false"]),
     "truth value for a number": (["steps=true"], ["steps=true", "whole number"]),
-    "1e-6 is text to YAML": (["optimizer.lr=1e-6"], ["optimizer.lr=1e-6", "1.0e-6"]),
     "not YAML": (["steps={"], ["steps={", "whole number"]),
     "q above 1": (["selection.fraction=5.0"], ["selection.fraction=5.0", "at most 1"]),
     "q below 0": (["selection.fraction=-0.1"], ["selection.fraction=-0.1", "at least 0"]),
@@ -122,8 +126,8 @@ def test_resume_with_other_settings(tmp_path):
     (tmp_path / "runs" / "mine").mkdir(parents=True)
     keys = config.override(config.read_defaults(), ["name=mine"])
     (tmp_path / "runs" / "mine" / "config.yaml").write_text(yaml.safe_dump(config.nest(keys)))
-    check_message(run_here(tmp_path, "name=mine", "resume=true", "optimizer.lr=0.5"), "optimizer.lr=0.5",
-         str(keys["optimizer.lr"]))
+    check_message(run_here(tmp_path, "name=mine", "resume=true", "optimizer.lr=0.5"),
+                  f"optimizer.lr={keys['optimizer.lr']}, not 0.5")
 
 
 def test_bad_data_row(tmp_path):
@@ -146,9 +150,50 @@ def test_evaluate_speaks_the_same_way(tmp_path):
 
 
 def test_text_where_config_yaml_needs_a_number():
-    """YAML reads 1e-4 as text in the file too."""
-    with pytest.raises(config.UserError, match="optimizer.lr='1e-4'.*1.0e-6"):
-        config.check(config.read_defaults() | {"optimizer.lr": "1e-4"})
+    with pytest.raises(config.UserError, match="optimizer.lr='small'.*not a number"):
+        config.check(config.read_defaults() | {"optimizer.lr": "small"})
+
+
+@pytest.mark.parametrize("word, value", [
+    ("optimizer.lr=1e-5", 1e-5), ("optimizer.lr=1E-5", 1e-5), ("optimizer.lr=2.5e-06", 2.5e-6), ("optimizer.lr=3", 3.0),
+    ("steps=1_000", 1000), ("steps=1e3", 1000), ("recipe=null", ""), ("data.filter=~", ""), ("name=1e5", "1e5")])
+def test_words_are_read_as_people_mean_them(tmp_path, word, value):
+    """On the command line and in a recipe alike."""
+    key, _, text = word.partition("=")
+    found = config.override(config.read_defaults(), [word])[key]
+    assert found == value and type(found) is type(value)
+    if type(value) is not str:
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(config.nest({key: 0})).replace(" 0", f" {text}"))
+        assert config.recipe_keys([f"recipe={tmp_path / 'recipe.yaml'}"], config.read_defaults()) == {key: value}
+
+
+@pytest.mark.parametrize("word", ["-h", "--help", "help"])
+def test_help(tmp_path, word):
+    """What the command does, three examples, and every key with its default and comment; before torch is imported."""
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    result = run(tmp_path, word, PYTHONPATH=str(tmp_path))
+    assert result.returncode == 0 and result.stdout.count("train.py ") >= 3
+    for key in config.read_defaults():
+        assert f"{key.rpartition('.')[2]}:" in result.stdout, key
+    assert "# GRPO" not in result.stdout and "0.05          # q: budget as a share" in result.stdout
+    told = run(tmp_path, word, PYTHONPATH=str(tmp_path), script="evaluate.py").stdout
+    assert told.count("evaluate.py ") >= 3 and "temperature: 1.0" in told and "optimizer:" not in told
+
+
+@pytest.mark.parametrize("command", ["reproduce.py", "benchmark.py", "analysis.law", "analysis.tokens",
+                                     "analysis.tightness"])
+def test_help_of_every_other_command(command, monkeypatch, capsys):
+    module = importlib.import_module(command.removesuffix(".py"))
+    if command.endswith(".py"):  # it answers before its imports
+        with pytest.raises(SystemExit) as ended:
+            config.answer_help(["--help"], module.__doc__, getattr(module, "OWN", {}) | config.read_defaults())
+        assert "config.answer_help(sys.argv[1:]" in inspect.getsource(module).replace("configs.", "config.")
+    else:
+        with pytest.raises(SystemExit) as ended:
+            module.main(["--help"])
+    told = capsys.readouterr().out
+    assert ended.value.code == 0 and told.startswith(module.__doc__.strip())
+    assert f"\n{'steps' if command == 'benchmark.py' else 'out'}: " in told
 
 
 def test_values_take_their_defaults_type():
