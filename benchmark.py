@@ -13,9 +13,10 @@ Any key of config.yaml can follow. What is compared alternates, and medians are 
 import sys
 
 from support import config as configs
+from support import help
 
 if __name__ == "__main__":
-    configs.answer_help(sys.argv[1:], __doc__, configs.read_defaults())
+    help.answer(sys.argv[1:], __doc__, configs.read_defaults())
     with configs.one_line_errors():
         KEYS = configs.training_keys(sys.argv[2:])
 

@@ -12,9 +12,10 @@ are kept in evaluations/ as they come, so that a killed evaluation goes on where
 import sys
 
 from support import config as configs
+from support import help
 
 if __name__ == "__main__":  # before torch is imported: a typo is reported at once
-    configs.answer_help(sys.argv[1:], __doc__, configs.evaluation_keys(["model=toy"]))
+    help.answer(sys.argv[1:], __doc__, configs.evaluation_keys(["model=toy"]))
     with configs.one_line_errors():
         KEYS = configs.evaluation_keys(sys.argv[1:])
 

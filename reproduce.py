@@ -14,6 +14,7 @@ the columns are held-out Countdown: 4 numbers, which training has, and 3, 5 and 
 import sys
 
 from support import config as configs
+from support import help
 
 OWN = {"seeds": 0, "first_seed": 0,  # 0 seeds: as many as the experiment has
        "jobs": 0, "ranks": 1,  # runs at a time (0: as many as there are cores or GPUs for), processes of each
@@ -21,7 +22,7 @@ OWN = {"seeds": 0, "first_seed": 0,  # 0 seeds: as many as the experiment has
        "out": "results"}
 
 if __name__ == "__main__":  # before torch is imported: a typo is reported at once
-    configs.answer_help(sys.argv[1:], __doc__, OWN | configs.read_defaults())
+    help.answer(sys.argv[1:], __doc__, OWN | configs.read_defaults())
     with configs.one_line_errors():
         SETTINGS, WORDS = configs.own_words(sys.argv[2:], OWN)
 

@@ -1,4 +1,4 @@
-"""The embedded default: a tiny Qwen2 base model that knows Countdown's form and some arithmetic, but no planning.
+"""The embedded default: a tiny base model that knows Countdown's form and some arithmetic, but no planning.
 
 It is warm-started on random valid chains whose target is whatever they happen to reach (data.random_chain),
 so it samples many different valid chains and few that hit a given target: room for RL to sharpen, and
@@ -18,7 +18,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedTokenizerFast, SeedOssConfig, SeedOssForCausalLM
 
 from data import fill, is_heldout, random_chain
 from support import distributed, models
@@ -29,9 +29,7 @@ SYMBOLS = ["<pad>", "<eos>", "+", "-", "*", "/", "=", ",", "->", ":"]
 def make_tokenizer(limit: int) -> PreTrainedTokenizerFast:
     """One token a word: the symbols and every number from 0 to `limit`.
 
-    The words are added tokens too, which are matched before anything else is split. Without that the
-    saved folder would break under AutoTokenizer: transformers 5 loads any Qwen2 folder as Qwen2's own
-    byte-level BPE, whatever the folder says, and that splits 17 into 1 and 7.
+    The words are added tokens too, which are matched before anything else is split: `3*5=15` needs no spaces.
     """
     words = SYMBOLS + [str(number) for number in range(limit + 1)]
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
@@ -104,13 +102,16 @@ def blank_model(config):
     return models.blank(model_shape(tokenizer, vars(config.toy))), tokenizer
 
 
-def model_shape(tokenizer, toy: dict) -> Qwen2Config:
-    return Qwen2Config(
+def model_shape(tokenizer, toy: dict) -> SeedOssConfig:
+    """Qwen2's architecture, weight for weight, under the name of Seed-OSS: with a folder that says qwen2 transformers 5
+    loads Qwen2's own byte-level tokenizer, whatever tokenizer.json says, and that loses our spaces."""
+    return SeedOssConfig(
         vocab_size=len(tokenizer), hidden_size=toy["hidden"], num_hidden_layers=toy["layers"],
         num_attention_heads=toy["heads"], num_key_value_heads=max(1, toy["heads"] // 2),
-        intermediate_size=toy["intermediate"], max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )
+        head_dim=toy["hidden"] // toy["heads"], intermediate_size=toy["intermediate"], max_position_embeddings=256,
+        tie_word_embeddings=True, attention_bias=True, attention_out_bias=False, attention_dropout=0.0,
+        residual_dropout=0.0, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id)
 
 
 def warm_start(*, prompt: str, countdown: dict, layers: int, hidden: int, heads: int, intermediate: int,
@@ -120,7 +121,7 @@ def warm_start(*, prompt: str, countdown: dict, layers: int, hidden: int, heads:
     tokenizer = make_tokenizer(countdown["limit"])
     torch.manual_seed(seed)
     shape = {"hidden": hidden, "layers": layers, "heads": heads, "intermediate": intermediate}
-    model = Qwen2ForCausalLM(model_shape(tokenizer, shape))
+    model = SeedOssForCausalLM(model_shape(tokenizer, shape))
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.1)
     rng = random.Random(seed)
     bar = tqdm(range(updates), desc="warm start of the toy base model", unit="update", mininterval=0.5)

@@ -11,9 +11,10 @@ One step, with the numbers that README and the comments below use:
 import sys
 
 from support import config as configs
+from support import help
 
 if __name__ == "__main__":  # before torch is imported: a typo is reported at once
-    configs.answer_help(sys.argv[1:], __doc__, configs.read_defaults())
+    help.answer(sys.argv[1:], __doc__, configs.read_defaults())
     with configs.one_line_errors():
         KEYS = configs.training_keys(sys.argv[1:])
 
@@ -36,7 +37,7 @@ import rollout
 import scope
 import step as steps
 from rollout import Rollout
-from support import checkpoint, distributed, memory, models
+from support import card, checkpoint, distributed, memory, models
 from support.files import file_name, replace_folder, replace_text
 
 
@@ -262,17 +263,19 @@ def print_step(log, metrics: dict, run, sampled: Rollout, texts: list[str], rewa
 
 def finish(folder: Path, log, run, trained: dict[str, evaluate.Evaluation]) -> None:
     """The model as an HF folder, and the table of base against trained for each file."""
+    base = {file: evaluate.Evaluation.load(folder / "base_evaluation" / f"{file_name(file)}.npz") for file in trained}
+    log.metrics({"step": run.config.steps} | evaluation_metrics(trained, base))
+    report, tables, every_k = {}, {}, [2**i for i in range(20)]
+    for file, own in trained.items():
+        both = {"base": base[file].summary(base[file]), "trained": own.summary(base[file])}
+        tables[file] = evaluate.format_table(both)
+        described = evaluate.describe(own, run.config.evaluation.samples)
+        log.print(f"\n{file}:\n{tables[file]}\n{described}")
+        report[file] = {"base": base[file].summary(base[file], every_k), "trained": own.summary(base[file], every_k)}
     with replace_folder(folder / "model") as unfinished:
         run.policy.save_pretrained(unfinished)
         run.tokenizer.save_pretrained(unfinished)
-    base = {file: evaluate.Evaluation.load(folder / "base_evaluation" / f"{file_name(file)}.npz") for file in trained}
-    log.metrics({"step": run.config.steps} | evaluation_metrics(trained, base))
-    report, every_k = {}, [2**i for i in range(20)]
-    for file, own in trained.items():
-        table = {"base": base[file].summary(base[file]), "trained": own.summary(base[file])}
-        log.print(f"\n{file}:\n{evaluate.format_table(table)}\n"
-                  f"{evaluate.describe(own, run.config.evaluation.samples)}")
-        report[file] = {"base": base[file].summary(base[file], every_k), "trained": own.summary(base[file], every_k)}
+        (unfinished / "README.md").write_text(card.model_card(log.keys, tables, described))
     replace_text(folder / "evaluation.json", json.dumps(report, indent=1) + "\n")
     log.print(f"\nwritten to {folder}/: config.yaml, metrics.jsonl (a line a step), samples.jsonl, evaluation.json, "
               "checkpoint/ (for resume=true), model/")

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from support import config as configs
-from support import plots
+from support import help, plots
 from support.plots import aligned
 from support.statistics import t_quantile
 
@@ -93,7 +93,7 @@ def law_keys(arguments: list[str]) -> dict:
 
 
 def main(arguments: list[str]) -> None:
-    configs.answer_help(arguments, __doc__, KEYS)
+    help.answer(arguments, __doc__, KEYS)
     config = configs.namespace(law_keys(arguments))
     runs = {folder: evaluation_points(folder) for folder in configs.listed(config.runs)}
     fits = {name: fit_law(*zip(*[point[1:] for point in points])) for name, points in runs.items()}

@@ -23,7 +23,7 @@ import scope
 from analysis.one_step import Step, analysis_keys, draw_step, keys_of_an_analysis, settings_of
 from analysis.tightness_report import EDGES, IN_PLAY, KINDS, draw_tightness, tightness_tables, verdict, with_error
 from support import config as configs
-from support import distributed, plots
+from support import distributed, help, plots
 from support.files import replace_text
 from support.models import hidden_states
 
@@ -118,7 +118,7 @@ def bootstrap_weights(problems: list[int], rng, draws: int = 1000) -> np.ndarray
 
 
 def main(arguments: list[str]) -> None:
-    configs.answer_help(arguments, __doc__, keys_of_an_analysis(KEYS))
+    help.answer(arguments, __doc__, keys_of_an_analysis(KEYS))
     keys = analysis_keys(arguments, KEYS, {"contexts": 1, "continuations": 2, "others": 1, "most": 2})
     configs.require(0 < keys["cover"] < 1, f"cover={keys['cover']}: give a share above 0 and below 1")
     config = settings_of(keys)

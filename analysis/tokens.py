@@ -17,7 +17,7 @@ import numpy as np
 from analysis.one_step import Step, analysis_keys, draw_step, keys_of_an_analysis, settings_of
 from analysis.tokens_svg import svg
 from support import config as configs
-from support import distributed
+from support import distributed, help
 from support.files import replace_text
 from support.plots import aligned
 
@@ -123,7 +123,7 @@ def html_token(token: View, largest: float) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    configs.answer_help(arguments, __doc__, keys_of_an_analysis(KEYS))
+    help.answer(arguments, __doc__, keys_of_an_analysis(KEYS))
     config = settings_of(analysis_keys(arguments, KEYS, {"shown": 1}))
     drawn = draw_step(config, distributed.setup(config.precision))
     every = [views(drawn, row) for row in range(len(drawn.correct))]

@@ -65,7 +65,7 @@ class Log:
 
     def __init__(self, folder: Path, keys: dict, start: int, *, active: bool):
         """`active`: this is the rank that writes and prints; on the others nothing happens."""
-        self.folder, self.active = folder, active
+        self.folder, self.keys, self.active = folder, keys, active
         if not active:
             return
         folder.mkdir(parents=True, exist_ok=True)

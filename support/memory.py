@@ -20,7 +20,9 @@ def estimate(
     """
     hidden, layers, vocabulary = shape.hidden_size, shape.num_hidden_layers, shape.vocab_size
     head_size = getattr(shape, "head_dim", None) or hidden // shape.num_attention_heads
-    query, key = shape.num_attention_heads * head_size, shape.num_key_value_heads * head_size
+    query = shape.num_attention_heads * head_size
+    key = (getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads) * head_size
+    inner = getattr(shape, "intermediate_size", None) or 4 * hidden  # GPT-2 has no name for it
     projection = vocabulary * hidden  # parameters of the vocabulary projection; its products are fp32
     wide, size = precision == "fp32", 4 if precision == "fp32" else 2
     length, offload = prompt + config.max_new_tokens, config.offload
@@ -40,7 +42,7 @@ def estimate(
     if config.micro_batch_tokens:
         rows = max(1, min(rows, config.micro_batch_tokens // length))
     tokens = rows * length
-    inside = 8 * shape.intermediate_size + (
+    inside = 8 * inner + (
         20 * hidden + 10 * query + 12 * key if wide else 14 * hidden + 6 * query + 4 * key)
     layer, between = tokens * inside, size * tokens * hidden  # `between`: the residual stream
     logits = (27 if all_selected else 16) * min(config.logits_chunk, rows * config.max_new_tokens) * vocabulary
@@ -54,7 +56,7 @@ def estimate(
     parts["activations"] = kept + again
     parts["logits"] = logits
     compared = completions * config.max_new_tokens * (1 if all_selected else config.selection.fraction) * reference
-    largest = max(projection, shape.intermediate_size * hidden)
+    largest = max(projection, inner * hidden)
     moments = {
         "forward": forward, "backward": kept + max(logits, again),
         "reference": size * (parameters - projection) * offload * reference + 0.5 * layer,

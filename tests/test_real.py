@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +49,44 @@ def test_a_run_on_mathematics(in_tmp, capsys, architecture, chat, file):
     problem = (GSM8K[0]["question"] if file == "gsm8k" else "Find the root of $")[:20]
     assert "first prompt" in printed and problem in printed and "stop ids" in printed
     assert ("<|im_start|>user" in printed or "<|start_header_id|>user" in printed) == chat
+    if (architecture, chat) == ("qwen2", True):
+        anyone_can_load(in_tmp / "runs" / "run" / "model")
+
+
+ANYONE = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+folder = sys.argv[1]
+tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+text = sys.argv[2]
+ids = tokenizer(text).input_ids
+assert tokenizer.decode(ids) == text, (text, tokenizer.decode(ids))
+out = pipeline("text-generation", model=folder, max_new_tokens=4)(text)
+assert out[0]["generated_text"].startswith(text), out
+stop = model.generation_config.eos_token_id
+for wanted in stop:  # a model that can draw nothing else
+    model.get_output_embeddings().weight.data.zero_()
+    model.get_output_embeddings().bias = None
+    head, only = model.lm_head.forward, torch.tensor([wanted])
+    model.lm_head.forward = lambda hidden: head(hidden).index_fill(-1, only, 9)
+    assert model.generate(**tokenizer(text, return_tensors="pt"), max_new_tokens=4).shape[1] == len(ids) + 1
+    model.lm_head.forward = head
+ours = {"step", "rollout", "toy", "data", "support", "train"}
+assert not ours & set(sys.modules)
+print(json.dumps(sorted(stop)))
+"""
+
+
+def anyone_can_load(saved):
+    """By transformers alone: text goes round, `pipeline` works, and `generate` stops where training did."""
+    done = subprocess.run([sys.executable, "-c", ANYONE, saved, "Find the root of $x"], cwd=saved, text=True,
+                          capture_output=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    words = tokenizer("qwen", chat=True)
+    assert json.loads(done.stdout) == sorted(words.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"]))
+    head, _, rest = (saved / "README.md").read_text().removeprefix("---\n").partition("---\n")
+    assert yaml.safe_load(head)["pipeline_tag"] == "text-generation"
+    assert "self_certainty" in rest and "pass@4" in rest and "±" in rest and "math.jsonl" in rest
 
 
 def test_verifiable_rewards_reach_the_update(in_tmp, monkeypatch):
@@ -139,7 +179,7 @@ def test_recipes_lie_between_the_defaults_and_the_command_line(in_tmp):
         "math.jsonl", 9, 1.0, "self_certainty")
     for text, words in (("stebs: 3", "stebs"), ("steps: many", "steps=many: needs a whole number"),
                         ("- 3", "YAML file of keys"),
-                        ("steps: [", "cannot be read"), ("optimizer: {lr: 1e-6}", "1.0e-6")):
+                        ("steps: [", "cannot be read"), ("optimizer: {lr: fast}", "a number")):
         Path("bad.yaml").write_text(text + "\n")
         with pytest.raises(configs.UserError, match=f"recipe=bad.yaml.*{words}"):
             configs.training_keys(["recipe=bad.yaml"])

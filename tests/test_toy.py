@@ -9,6 +9,9 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    SeedOssForCausalLM,
 )
 
 import data
@@ -119,12 +122,13 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("loader", [PreTrainedTokenizerFast, AutoTokenizer])
 def test_every_number_is_one_token_for_whoever_loads_the_folder(folder, loader):
-    """AutoTokenizer replaces the tokenizer of a Qwen2 folder by Qwen2's own; the ids must not change."""
+    """And the spaces stay; AutoTokenizer would replace the tokenizer of a folder that says qwen2 by Qwen2's own."""
     tokenizer = loader.from_pretrained(folder)
     words = toy.SYMBOLS + [str(n) for n in range(100)]
     text = "13 5 7 20 -> 24 : 13*5=65, 65/13=5<eos>"
     expected = "13 5 7 20 -> 24 : 13 * 5 = 65 , 65 / 13 = 5 <eos>".split()
     assert [words[i] for i in tokenizer(text).input_ids] == expected
+    assert tokenizer.decode(tokenizer(text).input_ids) == " ".join(expected)
     assert data.solves_countdown(tokenizer.decode(tokenizer("3*5=15, 15+7=22, 22+2=24<eos>").input_ids,
                                                   skip_special_tokens=True), [3, 5, 7, 2], 24)
 
@@ -138,6 +142,24 @@ def test_warm_start_learns_the_chain_and_its_end_not_the_prompt(monkeypatch):
                        also=SMALL["also"])
     answers = [tokenizer(f"{chain} {tokenizer.eos_token}").input_ids for _, chain in pairs]
     assert losses[0] == [token for answer in answers for token in answer] and len(losses) == SMALL["updates"]
+
+
+def test_it_is_qwen2_weight_for_weight():
+    """The same parameters from the same seed, and the same logits."""
+    words = toy.make_tokenizer(20)
+    shape = toy.model_shape(words, SMALL)
+    names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+             "intermediate_size", "max_position_embeddings", "tie_word_embeddings", "eos_token_id", "pad_token_id")
+    made = []
+    for model_class, config in ((SeedOssForCausalLM, shape),
+                                (Qwen2ForCausalLM, Qwen2Config(**{name: getattr(shape, name) for name in names}))):
+        torch.manual_seed(3)
+        made.append(model_class(config).eval())
+    own, qwen2 = made
+    assert own.state_dict().keys() == qwen2.state_dict().keys()
+    assert all(torch.equal(own.state_dict()[name], weight) for name, weight in qwen2.state_dict().items())
+    tokens = torch.arange(20)[None]
+    assert torch.equal(own(tokens).logits, qwen2(tokens).logits)
 
 
 def test_the_folder_is_an_ordinary_one(folder):

@@ -121,7 +121,7 @@ def test_killed_and_resumed_is_the_unbroken_run(in_tmp, monkeypatch, killed_in):
 
 def test_a_run_goes_on_by_its_name_and_may_take_more_steps(in_tmp):
     """Its own settings are taken; of other words all are named; under a constant rate steps= may be raised."""
-    words = [*SMALL, "optimizer.schedule=constant", "optimizer.warmup=0.5"]
+    words = [*SMALL, "optimizer.schedule=constant", "optimizer.warmup=0.5", "evaluation.every=0"]
     train.main(configs.training_keys([*words, "name=longer", "steps=2"]))
     with pytest.raises(configs.UserError, match="optimizer.lr=0.01, not 0.5, seed=0, not 1; leave"):
         train.main(configs.training_keys(["name=longer", "resume=true", "seed=1", "optimizer.lr=0.5"]))

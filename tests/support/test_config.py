@@ -15,7 +15,7 @@ from helpers import ROOT
 
 import evaluate
 import train
-from support import config
+from support import config, help
 
 
 def run(cwd, *arguments, script="train.py", **environment):
@@ -186,8 +186,8 @@ def test_help_of_every_other_command(command, monkeypatch, capsys):
     module = importlib.import_module(command.removesuffix(".py"))
     if command.endswith(".py"):  # it answers before its imports
         with pytest.raises(SystemExit) as ended:
-            config.answer_help(["--help"], module.__doc__, getattr(module, "OWN", {}) | config.read_defaults())
-        assert "config.answer_help(sys.argv[1:]" in inspect.getsource(module).replace("configs.", "config.")
+            help.answer(["--help"], module.__doc__, getattr(module, "OWN", {}) | config.read_defaults())
+        assert "help.answer(sys.argv[1:], __doc__" in inspect.getsource(module)
     else:
         with pytest.raises(SystemExit) as ended:
             module.main(["--help"])
