@@ -55,7 +55,7 @@ def clock() -> float:
 def alternating(functions: dict, rounds: int) -> dict[str, float]:
     """The median seconds of each function over `rounds`, taken in turn and every other time backwards; one warms up."""
     seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for i in tqdm(range(rounds + 1), desc="benchmark", unit="round", leave=False):
+    for i in tqdm(range(rounds + 1), desc="benchmark", unit="round", leave=False, disable=None):
         for name in list(functions)[:: 1 if i % 2 else -1]:
             started = clock()
             functions[name]()

@@ -180,7 +180,7 @@ def evaluate(model, tokenizer, problems, world, config, *, samples: int, title: 
     """An evaluation during training: no completion is kept, and every rank returns all of them."""
     prompts = data.prompt_ids(tokenizer, problems, config.prompt)
     rows = world.share(len(problems) * samples)
-    with tqdm(total=len(rows), desc=title, unit="sample", leave=False, disable=not world.is_main) as bar:
+    with tqdm(total=len(rows), desc=title, unit="sample", leave=False, disable=world.no_bar) as bar:
         sampled, correct, texts = sample_and_grade(model, tokenizer, problems, prompts, rows, world, config,
                                                    samples=samples, seed=config.evaluation.seed, progress=bar.update)
     answers = [data.answer_of(problems[row // samples], text) for row, text in zip(rows, texts)]
@@ -208,7 +208,7 @@ def complete(folder: Path, settings: dict, model, tokenizer, problems, world, co
     models.check_lengths(model.config, prompts, config.max_new_tokens)
     mine = [i for i in range(len(chunks)) if i % world.size == world.rank]
     total = sum(len(chunks[i]) for i in mine)
-    with tqdm(total=total, desc=folder.name, unit="sample", disable=not world.is_main) as bar:
+    with tqdm(total=total, desc=folder.name, unit="sample", disable=world.no_bar) as bar:
         for i in mine:
             part = folder / f"part-{i:06d}.jsonl"
             if part.is_file():
@@ -262,7 +262,7 @@ def entropy_on(model, tokenizer, problems, completions: list[list[int]], world, 
     prompts = data.prompt_ids(tokenizer, problems, config.prompt)
     share, size, flat = world.share(len(completions)), config.rollout.batch_size, [torch.zeros(0, device=world.device)]
     for first in tqdm(range(share.start, share.stop, size), desc="entropy on the first model's text", unit="batch",
-                      leave=False, disable=not world.is_main):
+                      leave=False, disable=world.no_bar):
         rows = range(first, min(first + size, share.stop))
         given = rollout.from_completions([prompts[row // config.samples] for row in rows],
                                          [completions[row] for row in rows], world.device)

@@ -229,8 +229,9 @@ def perform(name: str, words: list[str], settings: dict) -> list[dict]:
     slots = settings["jobs"] or max(1, (torch.cuda.device_count() or os.cpu_count() or 1) // settings["ranks"])
     others = report.lines_of_other_seeds(out, runs)
     missing = list({run["run"]: run for run in runs if run["run"] not in known}.values())
-    with tqdm(total=len(missing), desc=name, unit="run") as bar:
-        for run, status in processes.in_parallel(missing, slots, lambda run, slot: start(run, slot, slots, settings)):
+    with tqdm(total=len(missing), desc=name, unit="run", disable=None) as bar:
+        ended = processes.in_parallel(missing, slots, lambda run, slot: start(run, slot, slots, settings))
+        for count, (run, status) in enumerate(ended, start=1):
             configs.require(status == 0, f"a run failed: see runs/{run['name']}.log; then give the same command again")
             folder = Path("runs") / run["name"]
             known[run["run"]] = {"figures": report.figures_of(folder), "keys": run["keys"], **processes.versions()}
@@ -238,6 +239,9 @@ def perform(name: str, words: list[str], settings: dict) -> list[dict]:
             for large in ("checkpoint", "model"):  # nobody asks for the weights again
                 shutil.rmtree(folder / large)
             bar.update()
+            if bar.disable:  # into a file: a line a run
+                print(f"{name}: {count} of {len(missing)} runs, {run['section']} {run['row']} seed {run['seed']}",
+                      flush=True)
     return write_lines(out, runs, known, others)
 
 

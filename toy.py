@@ -124,7 +124,7 @@ def warm_start(*, prompt: str, countdown: dict, layers: int, hidden: int, heads:
     model = SeedOssForCausalLM(model_shape(tokenizer, shape))
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.1)
     rng = random.Random(seed)
-    bar = tqdm(range(updates), desc="warm start of the toy base model", unit="update", mininterval=0.5)
+    bar = tqdm(range(updates), desc="warm start of the toy base model", unit="update", mininterval=0.5, disable=None)
     for update in bar:
         pairs = chains(batch, rng, prompt=prompt, countdown=countdown, also=also)
         prompts = tokenizer([p for p, _ in pairs]).input_ids

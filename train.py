@@ -57,7 +57,7 @@ def train(config, keys: dict, folder: Path, problems: list, heldout: dict[str, l
     updates = config.grpo.updates_per_rollout
 
     for step in tqdm(range(start, config.steps), desc="training", initial=start, total=config.steps, unit="step",
-                     disable=not world.is_main):
+                     disable=world.no_bar):
         clock = Stopwatch()
 
         # 1 problems, of this rank
@@ -98,10 +98,10 @@ def train(config, keys: dict, folder: Path, problems: list, heldout: dict[str, l
         metrics = {"step": step + 1} | rollout_metrics(sampled, rewards, correct, advantages, config.group_size)
         metrics |= mean_of(history) | {"lr": learning_rate(step, config), "mem_gb": distributed.peak_memory(world)}
         metrics |= clock.times
+        log.metrics(metrics)
         if config.evaluation.every and (step + 1) % config.evaluation.every == 0 and step + 1 < config.steps:
             between = evaluated(run, heldout[main_file], config.evaluation.samples_between, "evaluation")
-            metrics |= evaluation_metrics({main_file: between})
-        log.metrics(metrics)
+            log.metrics({"step": step + 1} | evaluation_metrics({main_file: between}))
         if (step + 1) % config.log_every == 0 or step == 0:
             print_step(log, metrics, run, sampled, texts, rewards)
         if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
@@ -251,9 +251,10 @@ def introduction(folder: Path, run) -> str:
 
 def print_step(log, metrics: dict, run, sampled: Rollout, texts: list[str], rewards: Tensor) -> None:
     """A line of metrics, and a completion of each of two problems."""
+    selected = f"KL on selected {metrics['kl/selected']:.4f}, " * (metrics["selection/fraction"] > 0)
     log.print(f"step {metrics['step']}: reward {metrics['reward/mean']:.3f}, "
               f"accuracy {metrics['reward/accuracy']:.3f}, entropy {metrics['entropy']:.3f}, "
-              f"KL on selected {metrics['kl/selected']:.4f}, length {metrics['length/mean']:.1f}")
+              f"{selected}length {metrics['length/mean']:.1f}")
     if metrics["length/frac_truncated"] > 0.5:
         log.print(f"  warning: {metrics['length/frac_truncated']:.0%} of the completions are truncated: raise "
                   f"max_new_tokens={run.config.max_new_tokens}, or see docs/questions.md on stop ids")

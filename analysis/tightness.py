@@ -221,7 +221,7 @@ def follow(drawn: Step, branches: list[tuple[int, list[int]]], count: int, step:
     live = [i * count + j for i, left in enumerate(room) if left for j in range(count)]
     prompts = [drawn.sampled.prompts[branches[n // count][0]] + branches[n // count][1] for n in live]
     title = "continuations" if step == FORCED else "rollouts of the problems"
-    with tqdm(total=len(live), desc=title, unit="sample", leave=False) as bar:
+    with tqdm(total=len(live), desc=title, unit="sample", leave=False, disable=None) as bar:
         with world.autocast():
             sampled = rollout.sample(
                 drawn.run.policy, prompts, live, stop=drawn.run.stop, max_new_tokens=max(room), seed=config.seed,

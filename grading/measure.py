@@ -34,7 +34,8 @@ def compare(rows: list[dict]) -> None:
     verdicts, seconds = {}, {}
     for grader in graders:
         started = time.perf_counter()
-        verdicts[grader] = [verdict(grader, row) for row in tqdm(rows, desc=grader, unit="pair", leave=False)]
+        bar = tqdm(rows, desc=grader, unit="pair", leave=False, disable=None)
+        verdicts[grader] = [verdict(grader, row) for row in bar]
         seconds[grader] = time.perf_counter() - started
     kinds = list(dict.fromkeys(row["kind"] for row in rows))
     columns = [f"{grader} {what}" for grader in graders for what in ("right", "false positives")]
@@ -66,7 +67,7 @@ def perturbed(gold: str) -> list[str]:
 def sweep(file: str, golds: list[str]) -> None:
     """Counts of golds that equal themselves, of boxed ones graded correct, and of perturbed ones graded wrong."""
     count, accepted, started = Counter(), [], time.perf_counter()
-    for gold in tqdm(golds, desc=file, unit="gold", leave=False):
+    for gold in tqdm(golds, desc=file, unit="gold", leave=False, disable=None):
         count["equal to itself"] += is_equal(gold, gold)
         boxed = extract_answer(rf"so it is \boxed{{{gold}}}.")
         count["boxed"] += boxed is not None and is_equal(boxed, gold)

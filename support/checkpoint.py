@@ -78,9 +78,8 @@ class Log:
             kept = [line for line in lines if line.endswith("\n") and self.stays(json.loads(line), start)]
             replace_text(path, "".join(kept))
 
-    @staticmethod
-    def stays(row: dict, start: int) -> bool:
-        final = row["step"] > 0 and row.keys().isdisjoint({"loss", "completion"})
+    def stays(self, row: dict, start: int) -> bool:
+        final = row["step"] == self.keys["steps"] and row.keys().isdisjoint({"loss", "completion"})
         return row["step"] <= start and not final
 
     def metrics(self, row: dict) -> None:

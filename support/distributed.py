@@ -35,6 +35,11 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def no_bar(self) -> bool | None:
+        """tqdm's `disable`: rank 0 shows a bar, and only on a terminal; what goes to a file has plain lines."""
+        return None if self.is_main else True
+
     def share(self, count: int) -> range:
         """This rank's contiguous part of `range(count)`; the parts of all ranks in order are the whole."""
         return range(count * self.rank // self.size, count * (self.rank + 1) // self.size)
