@@ -1,6 +1,8 @@
 """A run's folder, runs/<name>/: its logs, its checkpoint, and what a killed run needs to go on."""
 
 import json
+import re
+import zlib
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -23,13 +25,7 @@ def run_folder(config, keys: dict) -> Path:
 
     More steps than before are the one exception, under a constant rate: the warm-up in config and keys is adapted.
     """
-    name = config.name
-    if name == "auto":
-        data = "-".join(word for word in Path(config.data.file).with_suffix("").parts[-2:] if word.strip("/."))
-        words = [Path(config.model).name, data, config.reward.kind, config.objective, config.selection.strategy]
-        usual = [configs.read_defaults()[key] for key in ("model", "reward.kind", "objective")]
-        name = "-".join([word for word in words if word not in usual] + [f"seed{config.seed}"])
-    folder = Path("runs") / name
+    folder = Path("runs") / (config.name if config.name != "auto" else auto_name(keys))
     stored = folder / "config.yaml"
     if config.resume:
         configs.require(stored.is_file(), f"resume=true: {folder} holds no run; leave resume out to start one")
@@ -47,6 +43,27 @@ def run_folder(config, keys: dict) -> Path:
                         f"{folder} already holds a run: give another name=, resume=true to go on with it, "
                         "or delete the folder")
     return folder
+
+
+NAMED = ("model", "data.file", "reward.kind", "objective", "selection.strategy", "seed")  # in a name by value alone
+
+
+def auto_name(keys: dict) -> str:
+    """Data, selection, seed, and what else differs from config.yaml or the recipe: countdown-scope-seed0-steps50."""
+    usual = configs.read_defaults()
+    words = [Path(keys["model"]).name, "-".join(part for part in Path(keys["data.file"]).with_suffix("").parts[-2:]
+                                                if part.strip("/.")), keys["reward.kind"], keys["objective"]]
+    words = [word for word in words if word not in (usual["model"], usual["reward.kind"], usual["objective"])]
+    words += [keys["selection.strategy"], f"seed{keys['seed']}"]
+    if keys["recipe"]:
+        usual |= configs.recipe_keys([f"recipe={keys['recipe']}"], usual)
+    for key, value in keys.items():
+        if value != usual[key] and key not in MAY_DIFFER and key not in NAMED:
+            last = key.rpartition(".")[2]
+            others = [other for other in keys if other.rpartition(".")[2] == last and not other.startswith("toy.")]
+            words.append((last if others == [key] else key) + (f"{value:g}" if type(value) is float else str(value)))
+    name = re.sub(r"[^\w.+-]+", "_", "-".join(words))
+    return name if len(name) <= 100 else f"{name[:90]}-{zlib.crc32(name.encode()):08x}"
 
 
 def is_finished(folder: Path, steps: int) -> bool:

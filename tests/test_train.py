@@ -19,8 +19,8 @@ import grpo
 import rollout
 import step as steps
 import train
+from support import checkpoint, models
 from support import config as configs
-from support import models
 from support.files import replace_folder
 
 
@@ -134,6 +134,20 @@ def test_a_run_goes_on_by_its_name_and_may_take_more_steps(in_tmp):
     train.main(configs.training_keys([*SMALL, "name=cosine", "steps=2"]))
     with pytest.raises(configs.UserError, match="more steps need optimizer.schedule=constant"):
         train.main(configs.training_keys(["name=cosine", "resume=true", "steps=3"]))
+
+
+@pytest.mark.parametrize("words, name", [
+    ([], "countdown-scope-seed0"), (["selection.strategy=none", "seed=3"], "countdown-none-seed3"),
+    (["optimizer.lr=3e-5", "steps=50", "log_every=1"], "countdown-scope-seed0-steps50-lr3e-05"),
+    (["grpo.kl_coef=0.1"], "countdown-scope-seed0-grpo.kl_coef0.1"), (["toy.lr=1"], "countdown-scope-seed0-toy.lr1"),
+    (["recipe=mine.yaml", "data=a/b.jsonl", "steps=9"], "m-a-b-token_entropy-scope-seed0-steps9"),
+    (["prompt.countdown={numbers} {target}" + 60 * "x"], "countdown-scope-seed0-countdown_numbers_target_" + "x" * 43)])
+def test_runs_are_named_by_what_differs(tmp_path, monkeypatch, words, name):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text("model: m\nreward: token_entropy\nmax_new_tokens: 7\n")
+    known = configs.read_defaults()
+    found = checkpoint.auto_name(configs.override(known | configs.recipe_keys(words, known), words))
+    assert found == name or name.endswith("x") and found.startswith(name + "-") and len(found) <= 100
 
 
 def test_the_schedule_the_samples_and_the_base_reach_the_run(in_tmp, monkeypatch):
