@@ -111,6 +111,7 @@ def train(config, keys: dict, folder: Path, problems: list, heldout: dict[str, l
                for file, own in heldout.items()}
     if world.is_main:
         finish(folder, log, run, trained)
+    log.close()
 
 
 # ---------------------------------------------------------------- 6 the learning rate

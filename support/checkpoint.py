@@ -13,10 +13,12 @@ from tqdm import tqdm
 from support import config as configs
 from support import distributed, models
 from support.files import replace_folder, replace_text
+from support.trackers import trackers
 
 # Keys that a resumed run may give anew: they change speed, memory or what is written, not the training.
 MAY_DIFFER = {"resume", "name", "recipe", "dry_run", "micro_batch_size", "logits_chunk", "gradient_checkpointing",
-              "micro_batch_tokens", "offload", "rollout.batch_size", "rollout.segment", "log_every", "save_every"}
+              "micro_batch_tokens", "offload", "rollout.batch_size", "rollout.segment", "log_every", "save_every",
+              "log.wandb", "log.tensorboard"}
 SHARD = "optimizer-{}.pt"  # of each rank
 
 
@@ -82,7 +84,7 @@ class Log:
 
     def __init__(self, folder: Path, keys: dict, start: int, *, active: bool):
         """`active`: this is the rank that writes and prints; on the others nothing happens."""
-        self.folder, self.keys, self.active = folder, keys, active
+        self.folder, self.keys, self.active, self.trackers = folder, keys, active, []
         if not active:
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -94,6 +96,7 @@ class Log:
             lines = path.read_text().splitlines(keepends=True) if start and path.exists() else []
             kept = [line for line in lines if line.endswith("\n") and self.stays(json.loads(line), start)]
             replace_text(path, "".join(kept))
+        self.trackers = trackers(folder, keys, start)
 
     def stays(self, row: dict, start: int) -> bool:
         final = row["step"] == self.keys["steps"] and row.keys().isdisjoint({"loss", "completion"})
@@ -101,10 +104,19 @@ class Log:
 
     def metrics(self, row: dict) -> None:
         self._append("metrics.jsonl", row)
+        for tracker in self.trackers:
+            tracker.metrics(row)
 
     def sample(self, step: int, prompt: str, completion: str, reward: float) -> None:
         self.print(f"  {prompt} {completion}   [reward {reward:g}]")
-        self._append("samples.jsonl", {"step": step, "prompt": prompt, "completion": completion, "reward": reward})
+        row = {"step": step, "prompt": prompt, "completion": completion, "reward": reward}
+        self._append("samples.jsonl", row)
+        for tracker in self.trackers:
+            tracker.sample(row)
+
+    def close(self) -> None:
+        for tracker in self.trackers:
+            tracker.close()
 
     def print(self, text: str) -> None:
         if self.active:

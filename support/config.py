@@ -288,8 +288,12 @@ def check(keys: dict) -> None:
             f"precision={keys.get('precision')}: give auto, fp32 or bf16")
     require(keys["reward.grader"] in ("exact", "math_verify"),
             f"reward.grader={keys['reward.grader']}: give exact or math_verify")
-    require(keys["reward.grader"] == "exact" or importlib.util.find_spec("math_verify") is not None,
-            "reward.grader=math_verify needs the library of that name: pip install math-verify, or take exact")
+    for wanted, package, mend in (
+            (keys["reward.grader"] != "exact", "math_verify", "reward.grader=math_verify: pip install math-verify"),
+            (keys.get("log.wandb"), "wandb", f"log.wandb={keys.get('log.wandb')}: pip install wandb"),
+            (keys.get("log.tensorboard"), "tensorboard", "log.tensorboard=true: pip install tensorboard")):
+        require(not wanted or importlib.util.find_spec(package) is not None,
+                f"{mend}, or leave the word out; that library is not here")
 
 
 def is_remote(file: str) -> bool:
