@@ -113,7 +113,7 @@ def commands(pages=PAGES) -> list[str]:
 def test_readme_begins_with_the_two_commands():
     run, test = (block.strip() for block in commands(PAGES[:1])[:2])
     assert "\n" not in run and "\n" not in test
-    assert "-r requirements.txt" in run and run.endswith("torchrun train.py")
+    assert "-r requirements.txt" in run and run.endswith("python train.py")
     assert "-r requirements.txt" in test and "-r requirements-dev.txt" in test and "pytest" in test
 
 
