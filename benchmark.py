@@ -7,7 +7,7 @@
     python benchmark.py growth                  # how time grows with length, batch and vocabulary
     python benchmark.py peer                    # a step of TRL's GRPOTrainer (pip install trl), same model and problems
 
-Any key of config.yaml can follow. What is compared alternates, and medians are divided. No weight changes.
+Any key of config.yaml can follow. What is compared alternates, but for memory and ranks; medians are divided.
 """
 
 import sys
@@ -23,9 +23,7 @@ if __name__ == "__main__":
 import copy
 import itertools
 import json
-import math
 import multiprocessing
-import os
 import subprocess
 import tempfile
 import time
@@ -70,7 +68,7 @@ def random_model(*, vocabulary: int, stop: float = 0.0, dtype=torch.float32, dev
                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=8192, eos_token_id=0,
                         bos_token_id=None, tie_word_embeddings=True)
     model = Qwen2ForCausalLM(shape).to(device, dtype)
-    logit = math.log(stop * vocabulary / (1 - stop)) if stop else -100.0
+    logit = float(np.log(stop * vocabulary / (1 - stop))) if stop else -100.0
     model.get_output_embeddings().bias = torch.nn.Parameter(
         torch.tensor([logit] + [0.0] * (vocabulary - 1), dtype=dtype, device=device), requires_grad=False)
     return model
@@ -177,15 +175,15 @@ def measured_update(name: str, chunk: int, vocabulary: int = 151_936) -> tuple[f
     def full_logits():
         tokens, predicts = sampled.pack(list(range(4)))
         optimizer.zero_grad(set_to_none=False)
-        logits = policy(tokens).logits
-        with torch.no_grad():
-            log_ref = torch.log_softmax(reference(tokens).logits, dim=-1)
+        with world.autocast():
+            logits = policy(tokens).logits.float()
+            with torch.no_grad():
+                log_ref = torch.log_softmax(reference(tokens).logits.float(), dim=-1)
         logprobs = torch.log_softmax(logits, dim=-1)
         own = logprobs[predicts].gather(1, sampled.tokens[sampled.mask][:, None]).squeeze(1)
         divergence = (logprobs.exp() * (logprobs - log_ref)).sum(dim=-1)[predicts]
-        chosen = flat["selected"]
         policy_loss = -(advantages[:, None].expand_as(selected)[sampled.mask] * own).mean()
-        (policy_loss + config.selection.kl_coef * divergence[chosen].mean()).backward()
+        (policy_loss + config.selection.kl_coef * divergence[flat["selected"]].mean()).backward()
 
     before = peak(device)
     seconds = alternating({name: {"chunks": in_chunks, "full logits": full_logits}[name]}, rounds=2)[name]
@@ -231,19 +229,18 @@ def rollouts(config, world) -> None:
 
 
 def ranks(config, world) -> None:
-    """12 steps of train.py; a rank has one thread, so that more ranks mean more cores."""
+    """12 steps of train.py; ranks share the cores, and one rank has them all."""
     seconds, own = {}, sys.argv[2:]
     with tempfile.TemporaryDirectory() as folder:
         for count in (1, 2, 4):
             command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}",
                        Path(__file__).with_name("train.py").resolve(), f"name={count}", "evaluation.problems=1",
                        "evaluation.samples=1", "evaluation.every=0", "steps=12", *own]
-            subprocess.run(command, cwd=folder, check=True, capture_output=True,
-                           env=os.environ | {"OMP_NUM_THREADS": "1"})
+            subprocess.run(command, cwd=folder, check=True, capture_output=True)
             rows = [json.loads(line) for line in (Path(folder) / "runs" / f"{count}" / "metrics.jsonl").open()]
             times = [sum(v for k, v in row.items() if k.startswith("time/")) for row in rows if "loss" in row]
             seconds[count] = float(np.median(times[1:]))
-            print(f"  {count} rank(s) on {os.cpu_count()} cores: {seconds[count]:.3f} s a step, "
+            print(f"  {count} rank(s) on {multiprocessing.cpu_count()} cores: {seconds[count]:.3f} s a step, "
                   f"{seconds[1] / seconds[count]:.2f} x one rank's speed")
 
 
@@ -341,8 +338,9 @@ def main(what: str, keys: dict) -> None:
     configs.require(what in BENCHMARKS, f"benchmark.py {what or '(nothing)'}: give one of {', '.join(BENCHMARKS)}, and "
                                         "then key=value words")
     config = configs.namespace(configs.nest(keys))
+    world = distributed.setup(config.precision)  # before CUDA is asked for its name
     print(f"{what}, on " + ", ".join(f"{name} {value}" for name, value in processes.versions().items()))
-    BENCHMARKS[what](config, distributed.setup(config.precision))
+    BENCHMARKS[what](config, world)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,6 @@ from support.files import file_name, fingerprint, replace_text
 from support.plots import difference_table, format_table
 from support.statistics import Estimate, difference
 
-CHUNK = 8  # batches between two files: the more, the fewer waits for the longest completion
 STEP = -1  # the `step` of every evaluation's draws: no training step has it, and all models face the same noise
 
 # ---------------------------------------------------------------- metrics
@@ -199,7 +198,8 @@ def complete(folder: Path, settings: dict, model, tokenizer, problems, world, co
     chunk is always the same rows together, so that a kill changes no byte, and the number of ranks no draw.
     """
     done = folder / "completions.jsonl"
-    rows, size = range(len(problems) * config.samples), CHUNK * config.rollout.batch_size
+    rows, batch = range(len(problems) * config.samples), config.rollout.batch_size
+    size = max(batch, min(8 * batch, len(rows) // 8))  # long chunks wait less; of 8 and more each rank has its share
     chunks = [rows[first : first + size] for first in range(0, len(rows), size)]
     if done.is_file():
         return done

@@ -298,7 +298,8 @@ def dry_run(config, keys: dict, problems: list, heldout: dict[str, list]) -> Non
     needed = partial(
         memory.estimate, run.policy.config, sum(p.numel() for p in run.policy.parameters()), ranks=ranks,
         precision="fp32" if config.precision == "fp32" else "bf16", prompt=max(map(len, prompts)),
-        reference=strategy.selects or config.grpo.kl_coef > 0, all_selected=strategy.share == 1)
+        reference=strategy.selects or config.grpo.kl_coef > 0,
+        all_selected=strategy.share == 1 or config.grpo.kl_coef > 0)
     print(memory.report(
         run.policy, run.tokenizer, changed={key: value for key, value in keys.items() if value != defaults[key]},
         prompts=prompts, problems=len(run.problems), heldout=len(heldout), config=config, ranks=ranks,

@@ -154,7 +154,7 @@ def load(folder: Path, policy, optimizer) -> int:
             try:
                 optimizer.load_shards([shard["optimizer"] for shard in shards])
             except KeyError as error:
-                raise configs.UserError(f"{saved} holds no {error} of a parameter: it was saved with another "
+                raise configs.UserError(f"{saved} does not hold what is needed of {error}: it was saved with another "
                                         "precision=, or not whole") from None
             return shards[0]["step"]
     return 0

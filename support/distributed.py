@@ -2,6 +2,7 @@
 
 import gc
 import importlib
+import importlib.metadata
 import os
 import resource
 import sys
@@ -53,7 +54,7 @@ class World:
 @contextmanager
 def joined(precision: str = "auto") -> Iterator[World]:
     """The process group, from `setup` to `shutdown`. A rank that fails says where, and ends at once: leaving the group
-    would wait for ranks that wait for this one, and torchrun ends those."""
+    would wait for ranks that wait for this one. torchrun ends those of this node; on others a timeout may have to."""
     world = setup(precision)
     try:
         yield world
@@ -61,10 +62,9 @@ def joined(precision: str = "auto") -> Iterator[World]:
         if not dist.is_initialized():
             raise
         if isinstance(error, UserError):  # usually on all ranks alike: rank 0 speaks, for torchrun ends all with one
-            if world.is_main:
-                print(f"error: {error}", file=sys.stderr, flush=True)
-            else:
+            if not world.is_main:
                 time.sleep(2)
+            print(f"error: {error}" + f" (rank {world.rank})" * (not world.is_main), file=sys.stderr, flush=True)
             os._exit(2)
         traceback.print_exc()
         ours = [frame for frame in traceback.extract_tb(error.__traceback__)
@@ -82,9 +82,14 @@ def setup(precision: str = "auto") -> World:
         precision = "bf16" if torch.cuda.is_available() else "fp32"
     if torch.cuda.is_available():
         # A cache that grows token by token leaves holes of every size in memory that is not made of pages.
-        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+        if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
+            os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
         torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each shape: for every token decoded
-        torch.set_float32_matmul_precision("high")  # TF32: exact for products of bf16 numbers, as logits are
+        # TF32 is exact for products of bf16 numbers, such as our logits. But older models rotate positions by an fp32
+        # product, and that it ruins.
+        known = tuple(map(int, importlib.metadata.version("transformers").split(".")[:2]))
+        if precision == "bf16" and known >= (5, 23):
+            torch.set_float32_matmul_precision("high")
     if "RANK" not in os.environ:
         return World(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"), precision)
     # Some defaults in these modules keep the group that exists when they are imported; so before there is one.
@@ -94,8 +99,8 @@ def setup(precision: str = "auto") -> World:
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-        # Rank 0 alone saves, and evaluations end unevenly: more than the 10 minutes of the default.
-        dist.init_process_group("nccl", device_id=device, timeout=timedelta(hours=12))
+        # Evaluations end unevenly: more than the 10 minutes of the default.
+        dist.init_process_group("nccl", device_id=device, timeout=timedelta(hours=2))
     else:
         device = torch.device("cpu")
         # torchrun gives each of several processes one thread; share the cores out instead.
@@ -135,6 +140,20 @@ def from_main(fact: bool) -> bool:
     """What rank 0 says; the others say False."""
     device = "cuda" if dist.is_initialized() and dist.get_backend() == "nccl" else "cpu"
     return bool(total(torch.tensor(int(fact), device=device)))
+
+
+def to_host(x: Tensor) -> Tensor:
+    """A copy in host memory from which a copy to the device need not wait. Registered, for `pin_memory` may take twice
+    the size: it rounds up to a power of two."""
+    host = x.detach().to("cpu", copy=True)
+    if torch.cuda.is_available():
+        torch.cuda.cudart().cudaHostRegister(host.data_ptr(), host.nbytes, 0)
+    return host
+
+
+def visit(x: Tensor, device: torch.device) -> Tensor:
+    """What waits in host memory, on the device."""
+    return x.to(device, non_blocking=True)
 
 
 def gather(x: Tensor) -> Tensor:

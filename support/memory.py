@@ -65,14 +65,17 @@ def estimate(
     }
     update = max(moments.values()) + size * compared * hidden
 
-    # Sampling: keys and values of all layers, those of one layer twice, and the sampler's 44 bytes a logit.
+    # Sampling: keys and values of all layers, those of one layer twice, and the sampler's 44 bytes a logit. Of
+    # transformers from 5.23 on; older ones repeat keys and values for each head.
     evaluated = config.evaluation.problems * config.evaluation.samples // ranks
     rows = min(config.rollout.batch_size, max(completions, evaluated))
     parts["KV cache"] = rows * length * key * (6 * layers + 20 if wide else 4 * layers)
     parts["sampler"] = 44 * rows * vocabulary
     drawing = parts["sampler"] if wide else max(
         parts["sampler"], 4 * projection + 12 * rows * vocabulary, 4 * rows * length * key)
-    sampling = copies + parts["KV cache"] + drawing
+    distinct = -(-rows // min(config.group_size, config.evaluation.samples))  # prompts read at once
+    reading = distinct * prompt * (6 * inner + 12 * hidden)
+    sampling = copies + parts["KV cache"] + max(drawing, reading)
 
     fixed = sum(parts[name] for name in ("weights", "gradients", "optimizer", "reference"))
     return parts | {"bf16 copies": copies, "update": fixed + update, "sampling": fixed + sampling,

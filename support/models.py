@@ -9,7 +9,6 @@ import zlib
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from types import MethodType
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
@@ -20,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
+from support import distributed
 from support.config import UserError
 
 transformers.utils.logging.disable_progress_bar()  # our own bars only
@@ -107,7 +107,7 @@ def load(name: str, dtype: torch.dtype = torch.float32):
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0  # configs that call it otherwise
     tokens = torch.arange(8)[None] % model.config.vocab_size
-    model.eval().get_output_embeddings().forward = MethodType(project, model.get_output_embeddings())
+    fp32_logits(model.eval())
     with torch.no_grad():
         own = model(tokens).logits
         head = model.get_output_embeddings()(hidden_states(model, tokens))
@@ -116,19 +116,27 @@ def load(name: str, dtype: torch.dtype = torch.float32):
     return model, tokenizer
 
 
-def project(head: torch.nn.Linear, hidden: Tensor) -> Tensor:
-    """The vocabulary projection in fp32: bf16 logits carry 8 bits, which is more noise than a small KL."""
-    with torch.autocast(hidden.device.type, enabled=False):
-        bias = None if head.bias is None else head.bias.float()
-        return functional.linear(hidden.float(), head.weight.float(), bias)
+class Projection(torch.nn.Linear):
+    """A vocabulary projection in fp32: bf16 logits carry 8 bits, which is more noise than a small KL."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            bias = None if self.bias is None else self.bias.float()
+            return functional.linear(hidden.float(), self.weight.float(), bias)
+
+
+def fp32_logits(model) -> None:
+    """The model's logits, in sampling and in scoring, are fp32 from now on, whatever its weights are."""
+    if not isinstance(model.get_output_embeddings(), torch.nn.Linear):
+        raise UserError(REFUSED.format(model.config.name_or_path))
+    model.get_output_embeddings().__class__ = Projection
 
 
 def park(reference) -> None:
     """Moves its weights to host memory, all but the vocabulary projection."""
     head = set(reference.get_output_embeddings().parameters())
     for parameter in set(reference.parameters()) - head:
-        host = parameter.data.to("cpu")
-        parameter.data = host.pin_memory() if torch.cuda.is_available() else host
+        parameter.data = distributed.to_host(parameter.data)
 
 
 @contextmanager
@@ -136,7 +144,7 @@ def visiting(reference, device: torch.device):
     """Parked weights on the device for a while; they never change, so that nothing has to be copied back."""
     waiting = {parameter: parameter.data for parameter in reference.parameters()}
     for parameter, host in waiting.items():
-        parameter.data = host.to(device, non_blocking=True)
+        parameter.data = distributed.visit(host, device)
     try:
         yield
     finally:

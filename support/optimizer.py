@@ -22,14 +22,11 @@ class MasterAdamW(torch.optim.Optimizer):
         super().__init__(list(self.named.values()), defaults)
         self.owners = owners([p.numel() for p in self.named.values()], distributed.size())
         for parameter in self.own().values():
-            place = {"device": "cpu", "pin_memory": parameter.is_cuda} if offload else {"device": parameter.device}
-            state = {name: torch.zeros(parameter.shape, dtype=torch.float32, **place)
-                     for name in ("exp_avg", "exp_avg_sq", "master")}
-            if parameter.dtype == torch.float32:
-                del state["master"]
-            else:
-                state["master"].copy_(parameter.detach())
-            self.state[parameter] = state
+            weights = parameter.detach().float()
+            state = {"exp_avg": torch.zeros_like(weights), "exp_avg_sq": torch.zeros_like(weights)}
+            if parameter.dtype != torch.float32:
+                state["master"] = weights
+            self.state[parameter] = {name: distributed.to_host(x) for name, x in state.items()} if offload else state
 
     def own(self) -> dict[str, Tensor]:
         """This rank's share of the parameters, by name."""
@@ -41,7 +38,7 @@ class MasterAdamW(torch.optim.Optimizer):
         self.steps += 1
         for parameter in self.own().values():
             kept = self.state[parameter]
-            here = {name: x.to(parameter.device, non_blocking=True) for name, x in kept.items()}
+            here = {name: distributed.visit(x, parameter.device) for name, x in kept.items()}
             master = here.get("master", parameter)
             adamw(master, parameter.grad.float(), here["exp_avg"], here["exp_avg_sq"], self.steps, group)
             for name, x in kept.items():
@@ -54,17 +51,23 @@ class MasterAdamW(torch.optim.Optimizer):
 
     def shard(self) -> dict:
         """This rank's share, to be saved."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # what was copied to the host last has come
         return {"steps": self.steps, "state": {name: self.state[p] for name, p in self.own().items()}}
 
     @torch.no_grad()
     def load_shards(self, shards: list[dict]) -> None:
-        """Takes this rank's share from what ranks saved, however many they were; raises KeyError if some is missing.
+        """Takes this rank's share from what ranks saved, however many they were.
+
+        Raises KeyError if a parameter is missing, or has masters where there are none now, or the other way round.
 
         Not `load_state_dict`: that casts masters to the type of their weights.
         """
         self.steps = shards[0]["steps"]
         saved = {name: state for shard in shards for name, state in shard["state"].items()}
         for name, parameter in self.own().items():
+            if saved.get(name, {}).keys() != self.state[parameter].keys():
+                raise KeyError(name)
             for key, x in self.state[parameter].items():
                 x.copy_(saved[name][key])
 

@@ -233,7 +233,6 @@ def test_the_toy_among_other_models(toys, tmp_path, monkeypatch, capsys):
 
 
 def test_killed_and_resumed_is_byte_identical(toys, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "CHUNK", 1)
     for name in ("whole", "broken"):
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path / "whole")

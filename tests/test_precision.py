@@ -1,7 +1,6 @@
 """bf16 weights with fp32 masters: what the rounding costs, on a CPU, in figures."""
 
 import copy
-from types import MethodType
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from helpers import SMALL, VOCABULARY, config_of, tiny_model
 import grpo
 import rollout
 import step as steps
-from support import models
+from support import distributed, models
 from support.distributed import World
 
 CPU = torch.device("cpu")
@@ -20,7 +19,7 @@ CPU = torch.device("cpu")
 def in_precision(policy, precision):
     """A copy with bf16 or fp32 weights and, as models.load makes it, an fp32 projection."""
     policy = copy.deepcopy(policy).to({"bf16": torch.bfloat16, "fp32": torch.float32}[precision])
-    policy.get_output_embeddings().forward = MethodType(models.project, policy.get_output_embeddings())
+    models.fp32_logits(policy)
     return policy
 
 
@@ -63,10 +62,17 @@ def test_the_first_kl_is_no_more_than_noise():
     assert abs(metrics["kl/selected"]) < 1e-6
 
 
-def test_a_parked_reference_changes_nothing():
+def test_a_parked_reference_changes_nothing(monkeypatch):
+    """All but its head leaves, visits once a step, and is what it was."""
     kept, with_it = one_update("bf16", reference_seed=1)
+    left, visits = [], []
+    to_host, visit = distributed.to_host, distributed.visit
+    monkeypatch.setattr(distributed, "to_host", lambda x: left.append(x.shape) or to_host(x))
+    monkeypatch.setattr(distributed, "visit", lambda x, device: visits.append(x.shape) or visit(x, device).clone())
     parked, without = one_update("bf16", reference_seed=1, offload=True)
     assert torch.equal(kept, parked) and with_it == without
+    everything = [p.shape for p in tiny_model().parameters()]
+    assert sorted(visits) == sorted(everything) and len(left) == len(everything) - 1  # the head is tied: one stays
 
 
 def test_bf16_samples_what_it_scores():

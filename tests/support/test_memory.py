@@ -3,7 +3,6 @@
 import copy
 import weakref
 from pathlib import Path
-from types import MethodType
 
 import pytest
 import torch
@@ -131,7 +130,7 @@ def test_memory_against_live_tensors(family, checkpointing, chunk, strategy, pre
                          num_key_value_heads=2, tie_word_embeddings=family == "qwen2", eos_token_id=0,
                          bos_token_id=None)
     policy = model_class(shape).train()
-    policy.get_output_embeddings().forward = MethodType(models.project, policy.get_output_embeddings())
+    models.fp32_logits(policy)
     if checkpointing:
         models.recompute_layers(policy)
     reference = copy.deepcopy(policy).eval().requires_grad_(False)

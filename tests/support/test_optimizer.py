@@ -32,7 +32,9 @@ def train(optimizer, parameters, steps, lr=None):
 
 
 @pytest.mark.parametrize("offload", [False, True])
-def test_fp32_is_torch_adamw_bit_for_bit(offload):
+def test_fp32_is_torch_adamw_bit_for_bit(offload, monkeypatch):
+    """Offloaded: what visits the device is a copy, as it is with a GPU, so that the state has to come back."""
+    monkeypatch.setattr(distributed, "visit", lambda x, device: x.clone() if offload else x)
     own, expected = weights(torch.float32), weights(torch.float32)
     optimizer = MasterAdamW(own.items(), lr=1.0, weight_decay=0.1, offload=offload)
     train(optimizer, own, range(30))
@@ -86,9 +88,12 @@ def test_shards_are_saved_and_shared_out_anew(monkeypatch, tmp_path, dtype, late
     half, shards = team(2, weights(dtype))
     end, _ = team(later, half, shards)
     assert all(torch.equal(end[name], whole[name]) for name in SHAPES)
+    as_rank(0, 1)
     with pytest.raises(KeyError):
-        as_rank(0, 1)
         MasterAdamW(half.items(), lr=1.0, weight_decay=0.0).load_shards(shards[:1])
+    other = weights({torch.float32: torch.bfloat16, torch.bfloat16: torch.float32}[dtype])
+    with pytest.raises(KeyError):  # with masters, or without, where there are none, or some
+        MasterAdamW(other.items(), lr=1.0, weight_decay=0.0).load_shards(shards)
 
 
 def test_owners_have_equal_loads():
