@@ -148,7 +148,7 @@ def test_committed_tables_follow_from_their_runs(name):
 
 def test_tables_of_the_pages_are_those_of_the_results():
     found = [(file, block) for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
-             for file, block in re.findall(r"<!-- (results/\S+) -->\n((?:\|.*\n)+)", page.read_text())]
+             for file, block in re.findall(r"<!-- (results/\S+) -->\n(?:```\n)?((?:[^`\n].*\n)+)", page.read_text())]
     assert len(found) >= 4
     for file, block in found:
         assert block in (ROOT / file).read_text(), block
