@@ -183,7 +183,7 @@ def evaluate(model, tokenizer, problems, world, config, *, samples: int, title: 
         sampled, correct, texts = sample_and_grade(model, tokenizer, problems, prompts, rows, world, config,
                                                    samples=samples, seed=config.evaluation.seed, progress=bar.update)
     answers = [data.answer_of(problems[row // samples], text) for row, text in zip(rows, texts)]
-    names = torch.tensor([zlib.crc32(answer.encode()) for answer in answers], device=world.device)
+    names = torch.tensor([zlib.crc32(answer.encode()) for answer in answers], dtype=torch.long, device=world.device)
     columns = [correct.long(), names, sampled.lengths, sampled.stopped.long()]
     table = distributed.gather(torch.stack(columns, dim=1)).cpu().numpy()
     correct, answers, lengths, stopped = table.T.reshape(4, len(problems), samples)
