@@ -16,9 +16,9 @@ from support.files import replace_folder, replace_text
 from support.trackers import trackers
 
 # Keys that a resumed run may give anew: they change speed, memory or what is written, not the training.
-MAY_DIFFER = {"resume", "name", "recipe", "dry_run", "micro_batch_size", "logits_chunk", "gradient_checkpointing",
-              "micro_batch_tokens", "offload", "rollout.batch_size", "rollout.segment", "log_every", "save_every",
-              "log.wandb", "log.tensorboard"}
+MAY_DIFFER = {"resume", "name", "recipe", "dry_run", "micro_batch_size", "micro_batch_tokens", "logits_chunk",
+              "offload", "fit_batches", "gradient_checkpointing", "rollout.batch_size", "rollout.segment", "log_every",
+              "save_every", "log.wandb", "log.tensorboard"}
 SHARD = "optimizer-{}.pt"  # of each rank
 
 

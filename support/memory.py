@@ -82,23 +82,19 @@ def estimate(
                     "total": fixed + max(update, sampling)}
 
 
-def largest_fit(capacity: float, config, needed) -> str:
-    """The largest batches, powers of two, that take at most `capacity` bytes, as words for the command line.
-
-    needed: `estimate` of a config; `offload` is proposed where nothing fits without.
-    """
-    tried = copy.deepcopy(config)
-    for offload in dict.fromkeys((config.offload, True)):
-        tried.offload = offload
-        for tried.rollout.batch_size in (2**i for i in range(9, -1, -1)):
-            if needed(tried)["sampling"] <= capacity:
+def fit(capacity: float, config, needed) -> str:
+    """Gives config the largest batches, powers of two, that take at most `capacity` bytes; says so in words as given
+    on the command line. needed: `estimate` of a config; `offload` is taken where nothing fits without."""
+    for config.offload in dict.fromkeys((config.offload, True)):  # noqa: B020
+        for config.rollout.batch_size in (2**i for i in range(9, -1, -1)):
+            if needed(config)["sampling"] <= capacity:
                 break
-        for tried.micro_batch_tokens in (2**i for i in range(17, 9, -1)):
-            if needed(tried)["update"] <= capacity:
+        for config.micro_batch_tokens in (2**i for i in range(17, 9, -1)):
+            if needed(config)["update"] <= capacity:
                 break
-        if needed(tried)["total"] <= capacity:
-            return (f"rollout.batch_size={tried.rollout.batch_size} micro_batch_tokens={tried.micro_batch_tokens}"
-                    + " offload=true" * offload)
+        if needed(config)["total"] <= capacity:
+            return (f"rollout.batch_size={config.rollout.batch_size} micro_batch_tokens={config.micro_batch_tokens}"
+                    + " offload=true" * config.offload)
     return "too small, whatever the batches"
 
 
@@ -140,5 +136,6 @@ def report(
         verdict = "enough" if enough else "NOT enough: see docs/real-models.md on memory"
         lines.append(f"this device has {free[0]:.1f} GB free: {verdict}")
     lines.append("the largest batches, a tenth of the memory left free:")
-    lines += [f"  {card:6.1f} GB: {largest_fit(0.9 * card * GB, config, needed)}" for card in free or (24, 40, 80, 141)]
+    lines += [f"  {card:6.1f} GB: {fit(0.9 * card * GB, copy.deepcopy(config), needed)}"
+              for card in free or (24, 40, 80, 141)]
     return "\n".join(lines)

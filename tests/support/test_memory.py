@@ -75,11 +75,13 @@ def test_the_largest_batches_fit_and_larger_ones_do_not(gigabytes):
         return memory.estimate(LlamaConfig(num_hidden_layers=8), 10**9, config, ranks=1, prompt=20, precision="bf16",
                                reference=True, all_selected=False)
 
-    found = memory.largest_fit(gigabytes * 1e9, config_of(*words), needed)
+    fitted = config_of(*words)
+    found = memory.fit(gigabytes * 1e9, fitted, needed)
     if gigabytes == 4:
         assert found == "too small, whatever the batches"
         return
     given = config_of(*words, *found.split())
+    assert given == fitted
     assert needed(given)["total"] <= gigabytes * 1e9
     if not given.offload:
         assert gigabytes > 20
