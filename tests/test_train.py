@@ -276,7 +276,6 @@ def test_real_runs(tmp_path):
         (tmp_path / f"{name}.txt").write_text(told[0][0])
     a_real_run_writes_everything(tmp_path)
     four_ranks_train_like_one(tmp_path)
-    evaluate_command_on_a_trained_model(tmp_path)
 
 
 def a_real_run_writes_everything(real_runs):
@@ -335,12 +334,5 @@ def test_benchmark_prints_a_ratio(in_tmp, capsys):
     ways = [benchmark.measured_update(way, 64, vocabulary=300)[2] for way in ("chunks", "full logits")]
     assert ways[0] == pytest.approx(ways[1], rel=1e-5) and ways[0] > 0.01  # what is compared has one gradient
 
-
-def evaluate_command_on_a_trained_model(real_runs):
-    arguments = ["model=runs/alone/model", "samples=8", "problems=3", "max_new_tokens=12"]
-    result = subprocess.run([sys.executable, ROOT / "evaluate.py", *arguments], cwd=real_runs, capture_output=True,
-                            text=True, timeout=170)
-    assert result.returncode == 0, result.stderr
-    assert "acc@8" in result.stdout and "3 held-out problems x 8 samples" in result.stdout
 
 

@@ -3,18 +3,15 @@
 import itertools
 import json
 import math
-import os
 import re
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from helpers import ALONE, ROOT
+from helpers import ALONE
 
 import data
 import rollout
@@ -356,10 +353,3 @@ def test_bad_input(tmp_path, monkeypatch, small, arguments, words):
     with pytest.raises(configs.UserError) as error:
         tightness.main([*small, *arguments])
     assert words in str(error.value) and "\n" not in str(error.value)
-
-
-def test_as_a_command_an_error_is_one_line_and_exit_code_2(tmp_path):
-    result = subprocess.run([sys.executable, "-m", "analysis.tightness", "model=nowhere"], cwd=tmp_path, text=True,
-                            capture_output=True, timeout=120, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    assert result.returncode == 2 and len(result.stderr.strip().splitlines()) == 1, result.stderr
-    assert result.stderr.startswith("error: ") and "no such folder" in result.stderr

@@ -292,3 +292,5 @@ def test_as_a_command_an_error_is_one_line_and_exit_code_2(tmp_path):
                             capture_output=True, timeout=120, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert result.returncode == 2 and len(result.stderr.strip().splitlines()) == 1, result.stderr
     assert result.stderr.startswith("error: ") and "no such folder" in result.stderr
+    last = [(ROOT / "analysis" / f"{name}.py").read_text().partition("__main__")[2] for name in ("tokens", "tightness")]
+    assert last[0] == last[1]  # so it is the same there

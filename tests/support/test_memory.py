@@ -127,7 +127,7 @@ def test_memory_against_live_tensors(family, checkpointing, chunk, strategy, pre
     torch.manual_seed(0)
     config_class, model_class = {"qwen2": (Qwen2Config, Qwen2ForCausalLM),
                                  "llama": (LlamaConfig, LlamaForCausalLM)}[family]
-    shape = config_class(vocab_size=8000, hidden_size=256, intermediate_size=1024, num_hidden_layers=4,
+    shape = config_class(vocab_size=4000, hidden_size=256, intermediate_size=1024, num_hidden_layers=3,
                          num_attention_heads=8,
                          num_key_value_heads=2, tie_word_embeddings=family == "qwen2", eos_token_id=0,
                          bos_token_id=None)
@@ -143,11 +143,11 @@ def test_memory_against_live_tensors(family, checkpointing, chunk, strategy, pre
         policy.bfloat16()
         reference.bfloat16()
     config = config_of(
-        "micro_batch_size=8", "prompts_per_step=8", "group_size=2", "max_new_tokens=100", f"logits_chunk={chunk}",
+        "micro_batch_size=8", "prompts_per_step=8", "group_size=2", "max_new_tokens=60", f"logits_chunk={chunk}",
         f"gradient_checkpointing={str(checkpointing).lower()}", "rollout.batch_size=8",
         f"selection.strategy={strategy}")
     prompts = [[1] * 20] * 16
-    sampled = rollout.from_completions(prompts, [torch.randint(1, 8000, (100,)).tolist() for _ in prompts], "cpu")
+    sampled = rollout.from_completions(prompts, [torch.randint(1, 4000, (60,)).tolist() for _ in prompts], "cpu")
     sampled.logprobs = torch.log(torch.rand(sampled.mask.shape) * 0.9 + 0.05)
     advantages = torch.tensor([1.0, -1.0] * 8)
     selection = steps.select(sampled, sampled.logprobs, advantages, config, 0)
@@ -162,7 +162,7 @@ def test_memory_against_live_tensors(family, checkpointing, chunk, strategy, pre
         loss = steps.MicroBatchLoss(policy, config, 1)
         steps.update(loss, optimizer, batches, selection, on_policy=True, world=world, max_grad_norm=1.0)
     with Live(known) as sampling, world.autocast():
-        rollout.sample(policy, prompts[:8], list(range(8)), stop=[0], max_new_tokens=100, seed=0, step=0, batch_size=8)
+        rollout.sample(policy, prompts[:8], list(range(8)), stop=[0], max_new_tokens=60, seed=0, step=0, batch_size=8)
 
     parameters = sum(p.numel() for p in policy.parameters())
     parts = memory.estimate(shape, parameters, config, precision=precision, ranks=1, prompt=20,
