@@ -274,10 +274,10 @@ def entropy_on(model, tokenizer, problems, completions: list[list[int]], world, 
 # ---------------------------------------------------------------- the command
 
 
-def describe(evaluation: Evaluation, largest_k: int) -> str:
+def describe(evaluation: Evaluation, largest_k: int, temperature: float) -> str:
     """What a table's numbers mean, n and k included."""
     problems, samples = evaluation.correct.shape
-    text = f"{problems} held-out problems x {samples} samples; ± is the standard error over problems"
+    text = f"{problems} held-out problems x {samples} samples at temperature {temperature:g}; ± is the standard error"
     return text + f"; Pass@{samples} (k = n) is the share of problems solved at least once" * (largest_k == samples)
 
 
@@ -334,7 +334,7 @@ def compare(names: list[str], file: str, problems: list, ks: list[int], world, c
     report = {name: {key: (metric.value, metric.error) for key, metric in own.items()}
               for name, own in metrics.items()}
     if world.is_main:
-        print(f"\n{file}:\n{format_table(report)}\n{describe(evaluation, ks[-1])}")
+        print(f"\n{file}:\n{format_table(report)}\n{describe(evaluation, ks[-1], config.temperature)}")
     if world.is_main and len(names) > 1:
         reference, *others = names
         for name in others:

@@ -70,9 +70,9 @@ class StatelessSampler(LogitsProcessor):
         self.record: dict[str, list[Tensor]] = {name: [] for name in RECORDED}
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        logprobs = torch.log_softmax(scores.float() / self.temperature, dim=-1)
+        logprobs = torch.log_softmax(scores.float() / (self.temperature or 1.0), dim=-1)
         noise = gumbel_noise(self.seed, self.step, self.rows, self.position, logprobs.shape[-1])
-        perturbed = logprobs + noise
+        perturbed = logprobs + noise if self.temperature else logprobs  # 0: the likeliest
         token = perturbed.argmax(dim=-1)
         probs = logprobs.exp()
         entropy = -(probs * logprobs).sum(dim=-1)
@@ -229,7 +229,7 @@ def decode(tokenizer, rollout: Rollout) -> list[str]:
 def rescore(policy, sampled: Rollout, config, world) -> Rollout:
     """The rollout with the current policy's record: what step 5 looks at after a first update."""
     fresh = {name: torch.zeros_like(getattr(sampled, name)) for name in ("logprobs", "entropy", "collision")}
-    head, temperature = policy.get_output_embeddings(), config.temperature
+    head, temperature = policy.get_output_embeddings(), config.temperature or 1.0
 
     def record(hidden, targets):
         logits = head(hidden)

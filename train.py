@@ -271,7 +271,7 @@ def finish(folder: Path, log, run, trained: dict[str, evaluate.Evaluation]) -> N
     for file, own in trained.items():
         both = {"base": base[file].summary(base[file]), "trained": own.summary(base[file])}
         tables[file] = evaluate.format_table(both)
-        described = evaluate.describe(own, run.config.evaluation.samples)
+        described = evaluate.describe(own, run.config.evaluation.samples, run.config.temperature)
         log.print(f"\n{file}:\n{tables[file]}\n{described}")
         report[file] = {"base": base[file].summary(base[file], every_k), "trained": own.summary(base[file], every_k)}
     with replace_folder(folder / "model") as unfinished:

@@ -255,7 +255,9 @@ def check(keys: dict) -> None:
                 "kl_cov.coef", "clip_cov.low", "optimizer.lr", "optimizer.weight_decay", "evaluation.every",
                 "micro_batch_tokens", "toy.seed"):
         bound(key, 0)
-    for key in ("temperature", "grpo.advantage_eps", "optimizer.max_grad_norm", "toy.lr"):
+    bound("temperature", 0, above="samples" not in keys)  # evaluate.py has that key
+    require(keys["temperature"] > 0 or keys.get("samples") == 1, "temperature=0 is greedy: give samples=1")
+    for key in ("grpo.advantage_eps", "optimizer.max_grad_norm", "toy.lr"):
         bound(key, 0, above=True)
     for key in ("selection.fraction", "kl_cov.fraction", "clip_cov.fraction", "data.validation"):
         bound(key, 0, 1)

@@ -301,6 +301,19 @@ def test_a_sliding_window_is_sampled_batch_by_batch(prompts):
     torch.testing.assert_close(scored.logprobs, whole.logprobs, rtol=0, atol=1e-4)
 
 
+def test_temperature_0_is_greedy(model, prompts):
+    """Whatever the noise; the record is that of temperature 1."""
+    greedy, other = (sample(model, prompts, temperature=0.0, seed=seed) for seed in (0, 1))
+    assert rows_of(greedy) == rows_of(other)
+    for prompt, row in zip(prompts, rows_of(greedy)):
+        ids = torch.tensor([[*prompt, *row]])
+        with torch.no_grad():
+            logits = model(ids).logits[0, len(prompt) - 1 : -1]
+        assert logits.argmax(dim=-1).tolist() == list(row)
+    scored = rollout.rescore(model, greedy, config_of(), ALONE)
+    torch.testing.assert_close(scored.entropy, greedy.entropy, rtol=0, atol=1e-4)
+
+
 def test_prompts_of_one_token(model):
     """There is nothing to read before the first draw."""
     short = sample(model, [[7], [9], [7], [3, 4, 5]], batch_size=2, segment=3)

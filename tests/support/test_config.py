@@ -145,7 +145,8 @@ def test_too_few_problems(tmp_path):
 
 
 def test_evaluate_speaks_the_same_way(tmp_path):
-    for words in (["model=nowhere", "no such folder"], ["samples=0"], ["steps=3", "unknown config key 'steps'"]):
+    for words in (["temperature=0", "samples=1"], ["model=nowhere", "no such folder"],
+                  ["samples=0"], ["steps=3", "unknown config key 'steps'"]):
         result = run_here(tmp_path, words[0], command=evaluate, keys=config.evaluation_keys)
         check_message(result, words[-1])
     check_message(run(tmp_path, "samples=0", script="evaluate.py"), "samples=0")
