@@ -16,8 +16,8 @@ from support import config as configs
 from support import help
 
 if __name__ == "__main__":
-    help.answer(sys.argv[1:], __doc__, configs.read_defaults())
     with configs.one_line_errors():
+        help.answer(sys.argv[1:], __doc__, configs.read_defaults())
         KEYS = configs.training_keys(sys.argv[2:])
 
 import copy

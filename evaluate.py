@@ -15,8 +15,8 @@ from support import config as configs
 from support import help
 
 if __name__ == "__main__":  # before torch is imported: a typo is reported at once
-    help.answer(sys.argv[1:], __doc__, configs.evaluation_keys(["model=toy"]))
     with configs.one_line_errors():
+        help.answer(sys.argv[1:], __doc__, configs.evaluation_keys(["model=toy"]))
         KEYS = configs.evaluation_keys(sys.argv[1:])
 
 import json

@@ -22,8 +22,8 @@ OWN = {"seeds": 0, "first_seed": 0,  # 0 seeds: as many as the experiment has
        "out": "results"}
 
 if __name__ == "__main__":  # before torch is imported: a typo is reported at once
-    help.answer(sys.argv[1:], __doc__, OWN | configs.read_defaults())
     with configs.one_line_errors():
+        help.answer(sys.argv[1:], __doc__, OWN | configs.read_defaults())
         SETTINGS, WORDS = configs.own_words(sys.argv[2:], OWN)
 
 import json

@@ -14,8 +14,8 @@ from support import config as configs
 from support import help
 
 if __name__ == "__main__":  # before torch is imported: a typo is reported at once
-    help.answer(sys.argv[1:], __doc__, configs.read_defaults())
     with configs.one_line_errors():
+        help.answer(sys.argv[1:], __doc__, configs.read_defaults())
         KEYS = configs.training_keys(sys.argv[1:])
 
 import json
@@ -315,7 +315,7 @@ def main(keys: dict) -> None:
     config = configs.namespace(configs.nest(keys))
     steps.check_methods(config)
     folder = None if config.dry_run else checkpoint.run_folder(config, keys)
-    if config.resume and checkpoint.is_finished(folder, config.steps):
+    if folder and config.resume and checkpoint.is_finished(folder, config.steps):
         configs.print_notes([f"{folder} is finished: {config.steps} steps; evaluation.json has its table"])
         return
     problems, heldout, notes = data.problem_sets(config)

@@ -85,7 +85,8 @@ def estimate(
 def fit(capacity: float, config, needed) -> str:
     """Gives config the largest batches, powers of two, that take at most `capacity` bytes; says so in words as given
     on the command line. needed: `estimate` of a config; `offload` is taken where nothing fits without."""
-    for config.offload in dict.fromkeys((config.offload, True)):  # noqa: B020
+    for offload in dict.fromkeys((config.offload, True)):
+        config.offload = offload
         for config.rollout.batch_size in (2**i for i in range(9, -1, -1)):
             if needed(config)["sampling"] <= capacity:
                 break
@@ -94,7 +95,7 @@ def fit(capacity: float, config, needed) -> str:
                 break
         if needed(config)["total"] <= capacity:
             return (f"rollout.batch_size={config.rollout.batch_size} micro_batch_tokens={config.micro_batch_tokens}"
-                    + " offload=true" * config.offload)
+                    + " offload=true" * offload)
     return "too small, whatever the batches"
 
 
