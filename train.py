@@ -37,7 +37,7 @@ import rollout
 import scope
 import step as steps
 from rollout import Rollout
-from support import card, checkpoint, distributed, memory, models
+from support import card, checkpoint, distributed, memory, models, processes
 from support.files import file_name, replace_folder, replace_text
 
 
@@ -330,7 +330,8 @@ def main(keys: dict) -> None:
         if os.environ.get("RANK", "0") == "0":
             dry_run(config, keys, problems, heldout)
         return
-    with distributed.joined(config.precision) as world:
+    rank = int(os.environ.get("RANK", "0"))
+    with processes.only_one(folder / "lock", rank), distributed.joined(config.precision) as world:
         if config.fit_batches and world.device.type == "cuda":
             _, _, needed = foreseen(config, problems, heldout, world.size)
             words = memory.fit(0.9 * torch.cuda.mem_get_info()[0], config, needed)

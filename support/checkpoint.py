@@ -41,7 +41,7 @@ def run_folder(config, keys: dict) -> Path:
                         + "; leave these words out, or start a run of another name="
                         + " (more steps need optimizer.schedule=constant)" * ("steps" in other))
     else:
-        configs.require(not folder.exists() or not any(folder.iterdir()),
+        configs.require(not folder.exists() or not any(path.name != "lock" for path in folder.iterdir()),
                         f"{folder} already holds a run: give another name=, resume=true to go on with it, "
                         "or delete the folder")
     return folder

@@ -1,13 +1,15 @@
 """Other processes: started so that they end with this one; and what software a result came from."""
 
 import fcntl
+import os
 import platform
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -32,15 +34,49 @@ def end_with_parent() -> None:
 
 
 @contextmanager
-def only_one(file: Path):
-    """Refused while another process holds the file; whoever ends, however it ends, lets go."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("w") as lock:
+def only_one(file: Path, rank: int = 0) -> Iterator[None]:
+    """Refused while another process holds the file, by the pid and host it wrote there; of several ranks rank 0 holds
+    it for all. The kernel lets go of it however a process ends, so that what a killed one leaves locks nobody out."""
+    if rank:
+        yield
+        return
+    made = [folder for folder in file.parents if not os.path.exists(folder)]  # the deepest first
+    lock = taken(file)
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+        lock.close()
+        with suppress(OSError):  # nothing was written there: no trace is left
+            for folder in made:
+                folder.rmdir()
+
+
+def taken(file: Path):
+    """The file, locked."""
+    while True:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            lock = file.open("a+")
+        except OSError as error:
+            raise UserError(f"cannot write to {file.parent}: {error.strerror}") from None
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"another command is at work on the same runs ({file}): wait for it, or end it") from None
-        yield
+        except BlockingIOError:
+            lock.seek(0)
+            raise UserError(f"{file.parent} is in use by {lock.read() or 'another process'} (it holds {file}): wait "
+                            "for it, or end it") from None
+        except OSError as error:  # a file system without locks: better trained than refused
+            print(f"note: {file} cannot be locked ({error.strerror}): start nothing else on {file.parent}",
+                  file=sys.stderr)
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(lock.fileno()), file.stat()):
+                break
+        lock.close()  # whoever held it has just ended and removed it
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+    lock.flush()
+    return lock
 
 
 def in_parallel(jobs: list, slots: int, begin: Callable) -> Iterator[tuple]:
