@@ -1,4 +1,4 @@
-"""Problems: the Countdown generator, problems from a JSONL file, their prompts and grades, and what is held out.
+"""Problems: the Countdown generator, problems from a file or the hub, their prompts and grades, and what is held out.
 
 A problem is a dict. Countdown: {"numbers": [3, 5, 7, 2], "target": 24}, "use each number once to reach the target",
 answered by a chain of steps: `3*5=15, 15+7=22, 22+2=24`. Mathematics: {"problem": text, "answer": final answer,
@@ -11,11 +11,12 @@ import re
 import zlib
 from pathlib import Path
 
-from grading import GRADERS, answer_key, extract_answer, gold_answer
+from grading import GRADERS, READ_TEXT, answer_key, extract_answer, gold_answer
 from rewards import solves_countdown
 from support import models
 from support.config import UserError, listed, print_notes, require
-from support.files import read_text, replace_text
+from support.files import replace_text
+from support.rows import read_rows
 
 
 def is_heldout(numbers: list[int], target: int) -> bool:
@@ -81,20 +82,14 @@ def benchmarks(folder: Path, countdown_keys: dict) -> list[str]:
 # ---------------------------------------------------------------- files
 
 
-def read_jsonl(path: str, *, problem_field: str = "auto", answer_field: str = "auto") -> tuple[list[dict], list[int]]:
-    """The problems of a JSONL file, and the numbers of the lines left out because they hold no usable gold answer.
+def read_problems(source: str, *, problem_field: str = "auto", answer_field: str = "auto") -> tuple[list, list[str]]:
+    """The problems of a file or hub data set, and the places of the rows that hold no usable gold answer, left out.
 
     Countdown rows have "numbers" and "target". Rows with mathematics have the fields of GSM8K, MATH and their kin:
     see `math_problem`. Raises UserError, naming file and line, for a row that is neither.
     """
     problems, unusable = [], []
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            raise UserError(f"data: {path}, line {number} is not JSON: give one JSON object a line") from None
+    for place, row in read_rows(source):
         try:
             if not isinstance(row, dict):
                 raise ValueError("the row is no JSON object")
@@ -102,14 +97,14 @@ def read_jsonl(path: str, *, problem_field: str = "auto", answer_field: str = "a
             if problems and problem.keys() != problems[0].keys():
                 raise ValueError("Countdown and mathematics do not go into one file")
         except ValueError as error:
-            raise UserError(f"data: {path}, line {number} is no problem: {error}") from None
+            raise UserError(f"data: {source}, {place} is no problem: {error}") from None
         if problem.get("answer") == "":
-            unusable.append(number)
+            unusable.append(place)
         else:
             problems.append(problem)
     if not problems:
         mend = f" that has a gold answer (data.answer_field={answer_field})" if unusable else ""
-        raise UserError(f"data: {path} holds no problem: give a file with at least one row{mend}")
+        raise UserError(f"data: {source} holds no problem: give a file with at least one row{mend}")
     return problems, unusable
 
 
@@ -200,16 +195,20 @@ def drop_long_prompts(problems: list[dict], tokenizer, context: int, config) -> 
 
 
 def is_correct(problem: dict, text: str, grader: str) -> bool:
-    """The verifiable reward's verdict on a completion: for mathematics on its last \\boxed{}, and on nothing else."""
+    """The verifiable reward's verdict on a completion: for mathematics on its last \\boxed{}, and on nothing else but
+    where the grader itself looks for the answer."""
     if "numbers" in problem:
         return solves_countdown(text, problem["numbers"], problem["target"])
-    answer = extract_answer(text)
+    answer = text if grader in READ_TEXT else extract_answer(text)
     return answer is not None and GRADERS[grader](answer, problem["answer"])
 
 
-def answer_of(problem: dict, text: str) -> str:
+def answer_of(problem: dict, text: str, grader: str) -> str:
     """What two completions must share to be one answer: the chain whatever its spaces, the final answer's value."""
-    return "".join(text.split()) if "numbers" in problem else answer_key(extract_answer(text) or "")
+    if "numbers" in problem:
+        return "".join(text.split())
+    answer = extract_answer(text)
+    return answer_key(answer) if answer is not None else text * (grader in READ_TEXT)
 
 
 # ---------------------------------------------------------------- what is trained on, and what is held out
@@ -220,16 +219,12 @@ def is_validation(problem: dict, share: float) -> bool:
     return zlib.crc32(problem["problem"].encode()) < share * 2**32
 
 
-def evaluation_problems(config, file: str) -> tuple[list[dict], list[str]]:
-    """The problems of a file to evaluate on, and a note on the rows left out."""
-    fields = {"problem_field": config.data.problem_field, "answer_field": config.data.answer_field}
-    problems, unusable = read_jsonl(file, **fields)
-    return problems, without_answer(file, unusable)
-
-
-def without_answer(file: str, lines: list[int]) -> list[str]:
-    named = ", ".join(map(str, lines[:10])) + (", ..." if len(lines) > 10 else "")
-    return [f"{len(lines)} rows of {file} have no usable gold answer and are left out: line {named}"] if lines else []
+def problems_of(config, name: str) -> tuple[list[dict], list[str]]:
+    """The problems of a file, hub data set or benchmark, and a note on the rows left out."""
+    problems, out = read_problems(vars(config.benchmarks).get(name, name), problem_field=config.data.problem_field,
+                                  answer_field=config.data.answer_field)
+    named = ", ".join(out[:10]) + (", ..." if len(out) > 10 else "")
+    return problems, [f"{len(out)} rows of {name} have no usable gold answer and are left out: {named}"] if out else []
 
 
 def problem_sets(config) -> tuple[list[dict], dict[str, list[dict]], list[str]]:
@@ -241,12 +236,12 @@ def problem_sets(config) -> tuple[list[dict], dict[str, list[dict]], list[str]]:
     file, notes = config.data.file, []
     files = {name: [] for name in listed(config.evaluation.data)}
     for name in files.keys() - {"auto"}:
-        files[name], more = evaluation_problems(config, name)
+        files[name], more = problems_of(config, name)
         notes += more
     if file == "countdown":
         problems = countdown(config.countdown_problems, heldout=False, **vars(config.countdown))
     else:
-        problems, more = evaluation_problems(config, file)
+        problems, more = problems_of(config, file)
         notes += more
         problems, out = partition(problems, lambda problem: matches(problem, config.data.filter))
         notes += note_on(out, problems, file, f"do not fit data.filter={config.data.filter}")

@@ -1,12 +1,14 @@
 """Evaluation: Acc@n, Pass@k, majority@k and d_collapse of models on held-out problems, compared with confidence.
 
     python evaluate.py model=runs/countdown-scope-seed0/model samples=128
-    python evaluate.py "model=[runs/toy-base-7183f57f,runs/a/model]" data=problems.jsonl samples=256   # compared
+    python evaluate.py "model=[toy,runs/a/model]" data=problems.jsonl samples=256 show=3    # compared, and looked at
+    python evaluate.py recipe=runs/a/config.yaml model=runs/a/model "data=[gsm8k,math500,amc]" problems=1319
     torchrun --nproc_per_node=4 evaluate.py model=... samples=128
     python evaluate.py plot=runs/a,runs/b                                                  # training curves
 
 Samples at the training temperature with nothing cut off, by the code and the grader of training. Completions
-are kept in evaluations/ as they come, so that a killed evaluation goes on where it stopped. P problems, n samples each.
+are kept in evaluations/ as they come (completions.py), so that a killed evaluation goes on where it stopped.
+P problems, n samples each.
 """
 
 import sys
@@ -23,22 +25,22 @@ import json
 import os
 import zlib
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+import completions
 import data
-import rollout
-import step as steps
 import toy
+from completions import Completions
 from support import distributed, models, plots
-from support.files import file_name, fingerprint, replace_text
-from support.plots import difference_table, format_table
-from support.statistics import Estimate, difference
-
-STEP = -1  # the `step` of every evaluation's draws: no training step has it, and all models face the same noise
+from support.files import file_name, replace_text
+from support.processes import versions
+from support.statistics import Estimate, average, difference
+from support.tables import difference_table, format_table
 
 # ---------------------------------------------------------------- metrics
 
@@ -164,25 +166,15 @@ class Evaluation:
 # ---------------------------------------------------------------- sampling
 
 
-def sample_and_grade(model, tokenizer, problems, prompts, rows, world, config, *, samples, seed, progress):
-    """Rows (problem * samples + sample) drawn and graded: the rollout, correct [len(rows)] bool, and the texts."""
-    with world.autocast():
-        sampled = rollout.sample(
-            model, [prompts[row // samples] for row in rows], list(rows), stop=models.stop_ids(model, tokenizer),
-            max_new_tokens=config.max_new_tokens, temperature=config.temperature, seed=seed, step=STEP,
-            batch_size=config.rollout.batch_size, segment=config.rollout.segment, progress=progress)
-    asked = [problems[row // samples] for row in rows]
-    return sampled, *steps.grade(tokenizer, asked, sampled, config.reward.grader)
-
-
 def evaluate(model, tokenizer, problems, world, config, *, samples: int, title: str) -> Evaluation:
     """An evaluation during training: no completion is kept, and every rank returns all of them."""
     prompts = data.prompt_ids(tokenizer, problems, config.prompt)
     rows = world.share(len(problems) * samples)
     with tqdm(total=len(rows), desc=title, unit="sample", leave=False, disable=world.no_bar) as bar:
-        sampled, correct, texts = sample_and_grade(model, tokenizer, problems, prompts, rows, world, config,
-                                                   samples=samples, seed=config.evaluation.seed, progress=bar.update)
-    answers = [data.answer_of(problems[row // samples], text) for row, text in zip(rows, texts)]
+        sampled, correct, texts = completions.sample_and_grade(
+            model, tokenizer, problems, prompts, rows, world, config, samples=samples, seed=config.evaluation.seed,
+            progress=bar.update)
+    answers = [data.answer_of(problems[row // samples], text, config.reward.grader) for row, text in zip(rows, texts)]
     names = torch.tensor([zlib.crc32(answer.encode()) for answer in answers], dtype=torch.long, device=world.device)
     columns = [correct.long(), names, sampled.lengths, sampled.stopped.long()]
     table = distributed.gather(torch.stack(columns, dim=1)).cpu().numpy()
@@ -191,87 +183,75 @@ def evaluate(model, tokenizer, problems, world, config, *, samples: int, title: 
     return Evaluation(correct.astype(bool), answers, lengths, stopped.astype(bool), entropy)
 
 
-def complete(folder: Path, settings: dict, model, tokenizer, problems, world, config) -> Path:
-    """completions.jsonl of one model on one problem file, drawn as far as it is not there yet.
-
-    Rows go in chunks of several batches, each a file of its own once it is done: a kill loses the chunks in hand. A
-    chunk is always the same rows together, so that a kill changes no byte, and the number of ranks no draw.
-    """
-    done = folder / "completions.jsonl"
-    rows, batch = range(len(problems) * config.samples), config.rollout.batch_size
-    size = max(batch, min(8 * batch, len(rows) // 8))  # long chunks wait less; of 8 and more each rank has its share
-    chunks = [rows[first : first + size] for first in range(0, len(rows), size)]
-    if done.is_file():
-        return done
-    folder.mkdir(parents=True, exist_ok=True)
-    prompts = data.prompt_ids(tokenizer, problems, config.prompt)
-    models.check_lengths(model.config, prompts, config.max_new_tokens)
-    mine = [i for i in range(len(chunks)) if i % world.size == world.rank]
-    total = sum(len(chunks[i]) for i in mine)
-    with tqdm(total=total, desc=folder.name, unit="sample", disable=world.no_bar) as bar:
-        for i in mine:
-            part = folder / f"part-{i:06d}.jsonl"
-            if part.is_file():
-                bar.update(len(chunks[i]))
-                continue
-            sampled, correct, texts = sample_and_grade(model, tokenizer, problems, prompts, chunks[i], world, config,
-                                                       samples=config.samples, seed=config.seed, progress=bar.update)
-            replace_text(part, completion_lines(chunks[i], sampled, texts, correct, config.samples))
-    distributed.barrier()
-    if world.is_main:
-        parts = sorted(folder.glob("part-*.jsonl"))
-        replace_text(done, json.dumps(settings) + "\n" + "".join(part.read_text() for part in parts))
-        for part in parts:
-            part.unlink()
-    distributed.barrier()
-    return done
-
-
-def completion_lines(rows, sampled, texts, correct, samples: int) -> str:
-    """One JSON object a completion; token ids and entropies (to 1e-5 nats) are what d_collapse is made of."""
-    lines = []
-    for i, (row, mask) in enumerate(zip(rows, sampled.mask)):
-        entropies = [round(h, 5) for h in sampled.entropy[i][mask].tolist()]
-        lines.append(json.dumps({
-            "problem": row // samples, "sample": row % samples, "text": texts[i], "correct": bool(correct[i]),
-            "length": len(entropies), "stopped": bool(sampled.stopped[i]),
-            "entropy": round(sum(entropies) / len(entropies), 5), "tokens": sampled.tokens[i][mask].tolist(),
-            "entropies": entropies,
-        }) + "\n")
-    return "".join(lines)
-
-
-def read_completions(path: Path, problems: list) -> tuple[Evaluation, list[list[int]]]:
-    """The evaluation and the completions' token ids, from a completions.jsonl; its first line holds the settings."""
-    lines = path.read_text().splitlines()
-    settings, rows = json.loads(lines[0]), [json.loads(line) for line in lines[1:]]
-    shape = (-1, settings["samples"])
-
-    def column(name):
-        return np.array([row[name] for row in rows]).reshape(shape)
-
-    answers = [data.answer_of(problems[row["problem"]], row["text"]) for row in rows]
-    answers = np.array([zlib.crc32(answer.encode()) for answer in answers]).reshape(shape)
-    entropy = np.array([h for row in rows for h in row["entropies"]], dtype=np.float32)
-    evaluation = Evaluation(column("correct"), answers, column("length"), column("stopped"), entropy)
-    return evaluation, [row["tokens"] for row in rows]
-
-
-def entropy_on(model, tokenizer, problems, completions: list[list[int]], world, config) -> np.ndarray:
-    """Token entropies of a model on given completions, flat: d_collapse without a shift of length or content."""
-    prompts = data.prompt_ids(tokenizer, problems, config.prompt)
-    share, size, flat = world.share(len(completions)), config.rollout.batch_size, [torch.zeros(0, device=world.device)]
-    for first in tqdm(range(share.start, share.stop, size), desc="entropy on the first model's text", unit="batch",
-                      leave=False, disable=world.no_bar):
-        rows = range(first, min(first + size, share.stop))
-        given = rollout.from_completions([prompts[row // config.samples] for row in rows],
-                                         [completions[row] for row in rows], world.device)
-        scored = rollout.rescore(model, given, config, world)
-        flat.append(scored.entropy[scored.mask])
-    return distributed.gather(torch.cat(flat)).cpu().numpy()
+def of_completions(kept: Completions, grader: str) -> Evaluation:
+    answers = [data.answer_of(kept.problems[row["problem"]], row["text"], grader) for row in kept.rows]
+    names = np.array([zlib.crc32(answer.encode()) for answer in answers]).reshape(-1, kept.samples)
+    entropy = np.array([h for row in kept.rows for h in row["entropies"]], dtype=np.float32)
+    return Evaluation(kept.column("correct"), names, kept.column("length"), kept.column("stopped"), entropy)
 
 
 # ---------------------------------------------------------------- the command
+
+
+def main(keys: dict) -> None:
+    config = configs.namespace(configs.nest(keys))
+    if config.plot:
+        runs = plots.read_metrics(configs.listed(config.plot))
+        print(plots.picture(Path("training_curves.png"), lambda plot: plots.training_curves(plot, runs)))
+        return
+    ks, names = configs.ks(config.k, config.samples), configs.listed(config.model)
+    settings = {key: value for key, value in keys.items() if key not in ("out", "show", "plot", "recipe")}
+    check_result(config.out, settings)
+    problem_sets = {file: problems_of(file, config) for file in configs.listed(config.data.file)}
+    with distributed.joined(config.precision) as world:
+        found = {file: compare(names, file, problems, ks, world, config) for file, problems in problem_sets.items()}
+        if world.is_main:
+            metrics, kept = ({file: pair[i] for file, pair in found.items()} for i in (0, 1))
+            report = print_report(metrics, kept, ks, config)
+            write_results(config.out, settings, report, kept)
+
+
+def problems_of(file: str, config) -> list[dict]:
+    """The first config.problems of a file; auto: Countdown problems from the held-out side of the split."""
+    if file == "auto":
+        return data.countdown(config.problems, heldout=True, **vars(config.countdown))
+    problems, notes = data.problems_of(config, file)
+    notes += [f"{file}: the first {config.problems} of {len(problems)} problems"] * (len(problems) > config.problems)
+    configs.print_notes(notes)
+    return problems[: config.problems]
+
+
+def compare(names: list[str], file: str, problems: list, ks: list[int], world, config) -> tuple[dict, dict]:
+    """Every model on one problem set: {model: {metric: Estimate}}, and {model: its completions}."""
+    metrics, kept, vocabulary, base = {}, {}, None, None
+    for name in names:
+        path = toy.model_folder(name, config)
+        configs.print_notes(configs.trained_otherwise(path, vars(config.prompt)))
+        model, tokenizer = models.load(path, world.dtype)
+        model.to(world.device)
+        kept[name] = completions.draw(path, file, model, tokenizer, problems, world, config)
+        evaluation, fixed = of_completions(kept[name], config.reward.grader), None
+        if base is None:
+            vocabulary, base = tokenizer.get_vocab(), evaluation
+        if len(names) > 1 and tokenizer.get_vocab() == vocabulary:  # another one cannot read the first's tokens
+            own = completions.entropy_on(model, tokenizer, kept[names[0]], world, config)
+            fixed = distributed.gather(own).cpu().numpy()
+        metrics[name] = evaluation.metrics(ks, base if len(names) > 1 else None, fixed)
+    return metrics, kept
+
+
+def results(sets: list[dict[str, dict[str, Estimate]]]) -> dict:
+    """{model: {metric: (value, standard error)}}, means over problem sets; of each further model the "differences" from
+    the first too: {metric: (value, low, high)}. A metric that one set or model lacks is left out."""
+    report, first = {}, next(iter(sets[0]))
+    for name in sets[0]:
+        shared = [metric for metric in sets[0][name] if all(metric in own[name] for own in sets)]
+        report[name] = {metric: average([own[name][metric] for own in sets]) for metric in shared}
+        if name != first:
+            report[name]["differences"] = {
+                metric: difference(*zip(*((own[first][metric], own[name][metric]) for own in sets)))
+                for metric in shared if all(metric in own[first] for own in sets)}
+    return report
 
 
 def describe(evaluation: Evaluation, largest_k: int, temperature: float) -> str:
@@ -281,68 +261,70 @@ def describe(evaluation: Evaluation, largest_k: int, temperature: float) -> str:
     return text + f"; Pass@{samples} (k = n) is the share of problems solved at least once" * (largest_k == samples)
 
 
-def main(keys: dict) -> None:
-    config = configs.namespace(configs.nest(keys))
-    if config.plot:
-        runs = plots.read_metrics(configs.listed(config.plot))
-        print(plots.picture(Path("training_curves.png"), lambda plot: plots.training_curves(plot, runs)))
-        return
-    ks = configs.ks(config.k, config.samples)
-    names, files = configs.listed(config.model), configs.listed(config.data.file)
-    problem_sets = [problems_of(file, config) for file in files]
-    with distributed.joined(config.precision) as world:
-        report = {file: compare(names, file, problems, ks, world, config)
-                  for file, problems in zip(files, problem_sets)}
-        if world.is_main:
-            out = Path("evaluations") / "evaluation.json"
-            replace_text(out, json.dumps(report, indent=1) + "\n")
-            print(f"written: {out}, evaluations/*/completions.jsonl")
-            print(plots.picture(Path("evaluations") / "pass_at_k.png", lambda plot: plots.pass_at_k(plot, report)))
-
-
-def problems_of(file: str, config) -> list[dict]:
-    """The first config.problems of a file; auto: Countdown problems from the held-out side of the split."""
-    if file == "auto":
-        return data.countdown(config.problems, heldout=True, **vars(config.countdown))
-    problems, notes = data.evaluation_problems(config, file)
-    configs.print_notes(notes)
-    return problems[: config.problems]
-
-
-def compare(names: list[str], file: str, problems: list, ks: list[int], world, config) -> dict:
-    """Every model on one problem set: the table, and each further model against the first."""
-    metrics, first, base, text = {}, None, None, None
-    for name in names:
-        path = toy.model_folder(name, config)
-        configs.print_notes(configs.trained_otherwise(path, vars(config.prompt)))
-        model, tokenizer = models.load(path, world.dtype)
-        model.to(world.device)
-        settings = {"model": path, "weights": fingerprint(path), "data": file, "prompt": vars(config.prompt),
-                    "grader": config.reward.grader, "problems": zlib.crc32(json.dumps(problems).encode()),
-                    "batch_size": config.rollout.batch_size, "precision": world.precision}
-        settings |= {key: getattr(config, key) for key in ("seed", "max_new_tokens", "temperature", "samples")}
-        label = zlib.crc32(json.dumps(settings).encode())
-        folder = Path("evaluations") / f"{file_name(path)}--{file_name(file)}-{label:08x}"
-        completions_file = complete(folder, settings, model, tokenizer, problems, world, config)
-        evaluation, completions = read_completions(completions_file, problems)
-        if first is None:
-            first, base, text = tokenizer.get_vocab(), evaluation, completions
-        fixed = None
-        if len(names) > 1 and tokenizer.get_vocab() == first:  # another vocabulary cannot read the first's tokens
-            fixed = entropy_on(model, tokenizer, problems, text, world, config)
-        metrics[name] = evaluation.metrics(ks, base if len(names) > 1 else None, fixed)
-    report = {name: {key: (metric.value, metric.error) for key, metric in own.items()}
-              for name, own in metrics.items()}
-    if world.is_main:
-        print(f"\n{file}:\n{format_table(report)}\n{describe(evaluation, ks[-1], config.temperature)}")
-    if world.is_main and len(names) > 1:
-        reference, *others = names
-        for name in others:
-            report[name]["differences"] = {key: difference(metric, metrics[name][key])
-                                           for key, metric in metrics[reference].items() if key in metrics[name]}
-        print(f"\nless {reference}, problem by problem [95 % interval, paired bootstrap], * beyond noise:\n"
-              + difference_table(list(metrics[reference]), {name: report[name]["differences"] for name in others}))
+def print_report(metrics: dict, kept: dict, ks: list[int], config) -> dict:
+    """Prints the tables of each problem set, the average last, and returns their figures."""
+    report = {file: results([own]) for file, own in metrics.items()}
+    for file, completed in kept.items():
+        print_tables(file, report[file])
+        first = of_completions(next(iter(completed.values())), config.reward.grader)
+        print(describe(first, ks[-1], config.temperature))
+        for name, own in completed.items():
+            show(name, own, config.show)
+    if len(report) > 1:
+        report["average"] = results(list(metrics.values()))
+        print_tables(f"average of {len(metrics)} problem sets", report["average"])
+        names = list(report["average"])
+        accuracy = next(iter(report["average"][names[0]]))
+        table = {name: {file: own[name][accuracy] for file, own in report.items()} for name in names}
+        print(f"\n{accuracy}:\n{format_table(table)}")
     return report
+
+
+def print_tables(title: str, found: dict) -> None:
+    first, *others = found
+    tables = {name: {metric: own[metric] for metric in own if metric != "differences"} for name, own in found.items()}
+    print(f"\n{title}:\n{format_table(tables)}")
+    if others:
+        print(f"\nless {first}, problem by problem [95 % interval, paired bootstrap], * beyond noise:\n"
+              + difference_table(list(tables[first]), {name: found[name]["differences"] for name in others}))
+
+
+def show(name: str, kept: Completions, count: int) -> None:
+    """The problems that most samples solve, and those that fewest do, with a right and a wrong completion."""
+    order = np.argsort(-kept.column("correct").sum(axis=1), kind="stable").tolist()
+    for problem in dict.fromkeys(order[:count] + order[len(order) - count :] if count else []):
+        rows = kept.of(problem)
+        print(f"\n{name}, problem {problem}: {sum(row['correct'] for row in rows)} of {kept.samples} right\n  "
+              + json.dumps(kept.problems[problem], ensure_ascii=False))
+        for word, verdict in (("right", True), ("wrong", False)):
+            example = next((row["text"] for row in rows if row["correct"] == verdict), None)
+            if example is not None:
+                print(f"  {word}: {example.strip()}")
+
+
+def check_result(out: str, settings: dict) -> None:
+    """Refuses a name under which other results stand."""
+    stored = Path("evaluations") / f"{out}.json"
+    configs.require(out == "auto" or not stored.is_file() or json.loads(stored.read_text())["settings"] == settings,
+                    f"out={out}: {stored} holds results of other settings; give another name, or delete that file")
+
+
+def write_results(out: str, settings: dict, report: dict, kept: dict) -> None:
+    """evaluations/OUT.json with date, versions and settings, OUT.problems.jsonl with correct counts, and OUT.png."""
+    if out == "auto":
+        words = [*(plots.short_name(name) for name in configs.listed(settings["model"])), "on",
+                 *configs.listed(settings["data.file"])]
+        out = f"{file_name('-'.join(words))[:80]}-{zlib.crc32(json.dumps(settings).encode()):08x}"
+    folder = Path("evaluations")
+    lines = [json.dumps({"data": file, "problem": problem, "samples": settings["samples"],
+                         "correct": {name: int(own.column("correct")[i].sum()) for name, own in of_file.items()}})
+             for file, of_file in kept.items() for i, problem in enumerate(next(iter(of_file.values())).problems)]
+    replace_text(folder / f"{out}.problems.jsonl", "".join(line + "\n" for line in lines))
+    about = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions(),
+             "settings": settings}
+    replace_text(folder / f"{out}.json", json.dumps(about | {"results": report}, indent=1) + "\n")
+    print(f"\nwritten: {folder / out}.json, {out}.problems.jsonl (correct counts), evaluations/*/completions.jsonl")
+    print(plots.picture(folder / f"{out}.png", lambda plot: plots.pass_at_k(plot, report)))
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ import numpy as np
 
 from support import config as configs
 from support import help, plots
-from support.plots import aligned
 from support.statistics import t_quantile
+from support.tables import aligned
 
 KEYS = {"runs": "", "out": "analyses"}
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from support.plots import aligned
+from support.tables import aligned
 
 EDGES = (0.0, 0.1, 0.3, 0.7, 0.9, 1.0)  # of p_v
 KINDS = ("selected", "positive, unselected", "forking")

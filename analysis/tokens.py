@@ -19,7 +19,7 @@ from analysis.tokens_svg import svg
 from support import config as configs
 from support import distributed, help
 from support.files import replace_text
-from support.plots import aligned
+from support.tables import aligned
 
 KEYS = {"reward.kind": "accuracy", "selection.strategy": "scope", "shown": 4}  # shown: problems on the page
 

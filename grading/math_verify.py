@@ -2,7 +2,7 @@
 
 It hands answers to sympy, which a tower of powers keeps busy for ever, and its own time limits are alarms, which need
 the main thread and do not stop everything. So a child process (this file run as a command) reads a JSON line
-[gold, answer] and writes true or false; where that takes longer than LIMIT it is killed, and the answer is wrong.
+[gold, text] and writes true or false; where that takes longer than LIMIT it is killed, and the answer is wrong.
 """
 
 import atexit
@@ -19,9 +19,14 @@ _child: subprocess.Popen | None = None
 
 def is_equal(answer: str, gold: str) -> bool:
     """Whether Math-Verify finds the answer equal to the gold one; False if it cannot say in time."""
-    global _child
     if answer.strip() == gold.strip():
         return bool(gold.strip())
+    return text_is_equal(f"$\\boxed{{{answer}}}$", gold)
+
+
+def text_is_equal(text: str, gold: str) -> bool:
+    """The same of the answer that Math-Verify itself finds in a text, in a box or not."""
+    global _child
     if _child is None or _child.poll() is not None:
         _child = subprocess.Popen([sys.executable, "-P", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                   stderr=subprocess.DEVNULL, text=True)  # -P: its own folder would hide the library
@@ -29,7 +34,7 @@ def is_equal(answer: str, gold: str) -> bool:
         if reply(_child, START) != "ready":
             raise RuntimeError("math_verify does not start: try `python -c 'import math_verify'`")
     try:
-        _child.stdin.write(json.dumps([gold, answer]) + "\n")
+        _child.stdin.write(json.dumps([f"$\\boxed{{{gold}}}$", text]) + "\n")
         _child.stdin.flush()
         verdict = reply(_child, LIMIT)
     except BrokenPipeError:
@@ -62,7 +67,7 @@ def serve() -> None:
     for line in sys.stdin:
         signal.alarm(60)  # ends an orphan that hangs
         try:
-            gold, answer = (parse(f"$\\boxed{{{text}}}$", parsing_timeout=None) for text in json.loads(line))
+            gold, answer = (parse(text, parsing_timeout=None) for text in json.loads(line))
             verdict = bool(verify(gold, answer, timeout_seconds=None))  # not symmetric: gold comes first
         except Exception:  # whatever the library raises on text that is no mathematics
             verdict = False

@@ -7,7 +7,6 @@ Where a row's "kind" is boxed_response or text_response, pred is a whole text wi
 """
 
 import importlib.util
-import json
 import re
 import sys
 import time
@@ -15,40 +14,37 @@ from collections import Counter
 
 from tqdm import tqdm
 
-from grading import GRADERS, extract_answer, gold_answer, is_equal
+from grading import GRADERS, READ_TEXT, extract_answer, gold_answer, is_equal
 from support.config import UserError, one_line_errors, require
-from support.files import read_text
-from support.plots import aligned
+from support.rows import read_rows
+from support.tables import aligned
 
 PAIR = {"pred": str, "gold": str, "equal": bool, "kind": str}
 
 
 def verdict(grader: str, row: dict) -> bool:
-    answer = row["pred"] if row["kind"] == "answer" else extract_answer(row["pred"])
+    if grader in READ_TEXT and row["kind"] == "answer":
+        return GRADERS[grader](rf"\boxed{{{row['pred']}}}", row["gold"])
+    answer = row["pred"] if row["kind"] == "answer" or grader in READ_TEXT else extract_answer(row["pred"])
     return answer is not None and GRADERS[grader](answer, row["gold"])
 
 
 def compare(rows: list[dict]) -> None:
     """A table of right verdicts, of false positives and of time, by kind; then exact's failures."""
-    graders = [name for name in GRADERS if name != "math_verify" or importlib.util.find_spec("math_verify")]
+    graders = [name for name in GRADERS if name == "exact" or importlib.util.find_spec("math_verify")]
     verdicts, seconds = {}, {}
     for grader in graders:
         started = time.perf_counter()
         bar = tqdm(rows, desc=grader, unit="pair", leave=False, disable=None)
         verdicts[grader] = [verdict(grader, row) for row in bar]
         seconds[grader] = time.perf_counter() - started
-    kinds = list(dict.fromkeys(row["kind"] for row in rows))
-    columns = [f"{grader} {what}" for grader in graders for what in ("right", "false positives")]
-    table = [["kind", "pairs", *columns, "they agree"]]
-    for kind in kinds:
+    table = [["kind", "pairs", "grader", "right", "", "false positives"]]
+    for kind in dict.fromkeys(row["kind"] for row in rows):
         chosen = [i for i, row in enumerate(rows) if row["kind"] == kind]
-        line = [kind, str(len(chosen))]
         for grader in graders:
             right = sum(verdicts[grader][i] == rows[i]["equal"] for i in chosen)
             false = sum(verdicts[grader][i] and not rows[i]["equal"] for i in chosen)
-            line += [f"{right} ({right / len(chosen):.1%})", str(false)]
-        agree = sum(len({verdicts[grader][i] for grader in graders}) == 1 for i in chosen)
-        table.append([*line, f"{agree} ({agree / len(chosen):.1%})"])
+            table.append([kind, str(len(chosen)), grader, str(right), f"{right / len(chosen):.1%}", str(false)])
     print(aligned(table))
     print("; ".join(f"{grader}: {seconds[grader] / len(rows) * 1000:.2f} ms a pair" for grader in graders))
     for row, found in zip(rows, verdicts["exact"]):
@@ -81,22 +77,16 @@ def sweep(file: str, golds: list[str]) -> None:
         print(f"  accepted: {other!r} against {gold!r}")
 
 
-def read_rows(file: str) -> tuple[bool, list]:
+def pairs_or_golds(file: str) -> tuple[bool, list]:
     """Whether the first row of a file is a pair, and all its rows: pairs, or each problem's gold, "" if it has none."""
     are_pairs, rows = False, []
-    for number, line in enumerate(read_text(file).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        require(isinstance(row, dict), f"{file}, line {number} is no JSON object: give one a line")
+    for place, row in read_rows(file):
+        require(isinstance(row, dict), f"{file}, {place} is no JSON object: give one a line")
         are_pairs = are_pairs if rows else row.keys() >= {"pred", "gold", "equal"}
         try:
             rows.append(checked(row) if are_pairs else gold_of(row))
         except ValueError as error:
-            raise UserError(f"{file}, line {number}: {error}") from None
+            raise UserError(f"{file}, {place}: {error}") from None
     return are_pairs, rows
 
 
@@ -117,7 +107,7 @@ def gold_of(row: dict) -> str:
 def main(files: list[str]) -> None:
     require(bool(files), "give JSONL files, as in `python -m grading.measure vectors.jsonl math/train.jsonl`")
     for file in files:
-        are_pairs, rows = read_rows(file)
+        are_pairs, rows = pairs_or_golds(file)
         if are_pairs:
             compare(rows)
         else:

@@ -3,6 +3,7 @@
 import yaml
 
 from support import config as configs
+from support.checks import hub_dataset
 
 
 def model_card(keys: dict, tables: dict[str, str], described: str) -> str:
@@ -18,6 +19,8 @@ def model_card(keys: dict, tables: dict[str, str], described: str) -> str:
         head["base_model"] = keys["model"]
     if keys["data.file"].startswith("hf://datasets/"):
         head["datasets"] = ["/".join(keys["data.file"].split("/")[3:5])]
+    elif named := hub_dataset(keys["data.file"]):
+        head["datasets"] = [named[0]]
     return "\n".join([
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n",
         f"# {keys['model']} after {keys['steps']} steps of GRPO\n",

@@ -1,4 +1,4 @@
-"""Tables in text, and two pictures: Pass@k of several models, training curves of several runs."""
+"""Two pictures: Pass@k of several models, training curves of several runs."""
 
 import json
 from pathlib import Path
@@ -6,39 +6,6 @@ from pathlib import Path
 from support import report
 from support.config import UserError
 from support.statistics import mean_interval
-
-
-def aligned(lines: list[list[str]]) -> str:
-    """A table of texts, the first line its head, with columns aligned on the right."""
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join("  ".join(text.rjust(width) for text, width in zip(line, widths)) for line in lines)
-
-
-def format_table(summaries: dict[str, dict]) -> str:
-    """An aligned table, one line a model: value, and its standard error where it has one."""
-    columns = list(dict.fromkeys(name for metrics in summaries.values() for name in metrics))
-
-    def cell(metric):
-        if metric is None:
-            return "-"
-        value, error = metric
-        return f"{value:.3f}" if error is None else f"{value:.3f} ±{error:.3f}"
-
-    return aligned([["", *columns]] + [[label, *(cell(metrics.get(name)) for name in columns)]
-                                       for label, metrics in summaries.items()])
-
-
-def difference_table(rows: list[str], differences: dict[str, dict[str, tuple]]) -> str:
-    """A line a metric, a column a model."""
-
-    def cell(found: tuple | None) -> str:
-        if found is None:
-            return "-"
-        value, low, high = found
-        return f"{value:+.3f} [{low:+.3f}, {high:+.3f}] {'*' if low > 0 or high < 0 else ' '}"
-
-    lines = [[row, *(cell(own.get(row)) for own in differences.values())] for row in rows]
-    return aligned([["", *differences], *lines])
 
 
 def picture(path: Path, draw) -> str:

@@ -1,6 +1,7 @@
 """Estimates over problems with their errors: clustered standard errors, paired bootstrap, Student's t, Holm."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -31,16 +32,26 @@ class Estimate:
         return abs(self.scale) * float(spread)
 
 
-def difference(one: Estimate, other: Estimate, *, resamples: int = 2000, seed: int = 0) -> tuple[float, float, float]:
-    """other - one on the same problems, and its 95 % interval: problems are resampled, with both models' samples."""
-    draws = np.random.default_rng(seed).integers(len(one.top), size=(resamples, len(one.top)))
+def average(estimates: Sequence[Estimate]) -> tuple[float, float | None]:
+    """The mean over problem sets, each counting the same, and its standard error; None where one set has none."""
+    errors = [estimate.error for estimate in estimates]
+    value = sum(estimate.value for estimate in estimates) / len(estimates)
+    return value, None if None in errors else math.sqrt(sum(error**2 for error in errors)) / len(errors)
 
-    def values(estimate):
-        top, bottom = (values[draws].sum(axis=1) for values in (estimate.top, estimate.bottom))
-        return estimate.offset + estimate.scale * top / bottom
 
-    low, high = np.quantile(values(other) - values(one), [0.025, 0.975])
-    return other.value - one.value, float(low), float(high)
+def difference(ones: Sequence[Estimate], others: Sequence[Estimate], *, resamples: int = 2000,
+               seed: int = 0) -> tuple[float, float, float]:
+    """others - ones, each pair on the same problems, as the mean over pairs (problem sets), and its 95 % interval:
+    problems are resampled within their set, with both models' samples."""
+    rng, gaps = np.random.default_rng(seed), np.zeros(resamples)
+    for one, other in zip(ones, others, strict=True):
+        draws = rng.integers(len(one.top), size=(resamples, len(one.top)))
+        for estimate, sign in ((other, 1), (one, -1)):
+            top, bottom = (values[draws].sum(axis=1) for values in (estimate.top, estimate.bottom))
+            gaps += sign * (estimate.offset + estimate.scale * top / bottom) / len(ones)
+    low, high = np.quantile(gaps, [0.025, 0.975])
+    value = sum(other.value - one.value for one, other in zip(ones, others)) / len(ones)
+    return value, float(low), float(high)
 
 
 @cache

@@ -4,7 +4,9 @@ import http.server
 import json
 import threading
 
+import datasets
 import huggingface_hub
+import pyarrow.parquet
 import pytest
 from helpers import config_of
 from mathematics import GSM8K, MATH, tokenizer, write
@@ -15,10 +17,10 @@ from support.config import UserError
 
 
 def test_sets_as_their_owners_publish_them(tmp_path):
-    problems, unusable = data.read_jsonl(write(tmp_path / "gsm8k.jsonl", GSM8K))
+    problems, unusable = data.read_problems(write(tmp_path / "gsm8k.jsonl", GSM8K))
     assert not unusable and [problem["answer"] for problem in problems[:2]] == ["119", "162"]
     assert problems[0]["problem"] == GSM8K[0]["question"] and problems[-1]["answer"] == f"{26 * 63 - 24:,}" == "1,614"
-    problems, unusable = data.read_jsonl(write(tmp_path / "math.jsonl", MATH))
+    problems, unusable = data.read_problems(write(tmp_path / "math.jsonl", MATH))
     assert not unusable and problems[0] == {
         "problem": "Find the root of $7x - 2 = 0$ as a fraction.", "answer": r"\frac{2}{7}", "level": 1,
         "subject": "Number Theory",
@@ -31,7 +33,7 @@ def test_sets_as_their_owners_publish_them(tmp_path):
         # AMC, AIME
         {"prompt": "Half?", "answer": None, "solution": r"\boxed{\frac{1}{2}}", "level": "Level ?"},
     ]
-    problems, _ = data.read_jsonl(write(tmp_path / "others.jsonl", others))
+    problems, _ = data.read_problems(write(tmp_path / "others.jsonl", others))
     assert [problem["answer"] for problem in problems] == ["2", "27", str(10**22 + 1), "0.1", "025", "9",
                                                            r"\frac{1}{2}"]
     assert (problems[0]["level"], problems[0]["subject"], problems[-1]["level"]) == (3, "Algebra", None)
@@ -40,16 +42,16 @@ def test_sets_as_their_owners_publish_them(tmp_path):
 
 def test_a_byte_order_mark_line_ends_and_odd_line_separators(tmp_path):
     (tmp_path / "p.jsonl").write_bytes(b"\xef\xbb\xbf" + '{"problem": "a\u2028b", "answer": "1"}\r\n\r\n'.encode() * 2)
-    problems, _ = data.read_jsonl(str(tmp_path / "p.jsonl"))
+    problems, _ = data.read_problems(str(tmp_path / "p.jsonl"))
     assert [problem["problem"] for problem in problems] == ["a\u2028b"] * 2
 
 
 def test_fields_may_be_named(tmp_path):
     file = write(tmp_path / "p.jsonl", [{"text": "1+1?", "gold": 2, "answer": "a distractor"}])
-    problems, _ = data.read_jsonl(file, problem_field="text", answer_field="gold")
+    problems, _ = data.read_problems(file, problem_field="text", answer_field="gold")
     assert problems == [{"problem": "1+1?", "answer": "2", "level": None, "subject": ""}]
     with pytest.raises(UserError, match=r'p.jsonl, line 1 .*no "problem".* text, gold, answer.*data.problem_field='):
-        data.read_jsonl(file)
+        data.read_problems(file)
 
 
 @pytest.mark.parametrize(
@@ -65,19 +67,20 @@ def test_fields_may_be_named(tmp_path):
 def test_wrong_types_name_file_and_line(tmp_path, row, words):
     file = write(tmp_path / "p.jsonl", [{"problem": "1+1?", "answer": "2"}, row])
     with pytest.raises(UserError, match=rf"p\.jsonl, line 2 is no problem: .*{words}"):
-        data.read_jsonl(file)
+        data.read_problems(file)
 
 
 def test_rows_without_a_gold_answer_are_counted_and_named(tmp_path):
     empty = [{"problem": "a", "answer": ""}, {"problem": "b"}, {"problem": "c", "solution": r"so \boxed{}"},
              {"problem": "d", "solution": "prose alone"}, {"problem": "e", "answer": None}]
     file = write(tmp_path / "p.jsonl", [*MATH[:3], *empty, *MATH[3:]])
-    problems, unusable = data.read_jsonl(file)
-    assert len(problems) == len(MATH) and unusable == [4, 5, 6, 7, 8]
+    problems, unusable = data.read_problems(file)
+    assert len(problems) == len(MATH) and unusable == [f"line {i}" for i in range(4, 9)]
     *_, notes = data.problem_sets(config_of(f"data={file}"))
-    assert notes[0] == f"5 rows of {file} have no usable gold answer and are left out: line 4, 5, 6, 7, 8"
+    places = "line 4, line 5, line 6, line 7, line 8"
+    assert notes[0] == f"5 rows of {file} have no usable gold answer and are left out: {places}"
     with pytest.raises(UserError, match="no problem.* gold answer"):
-        data.read_jsonl(write(tmp_path / "empty.jsonl", empty))
+        data.read_problems(write(tmp_path / "empty.jsonl", empty))
 
 
 def test_filter():
@@ -135,30 +138,72 @@ def test_a_file_on_the_web(tmp_path):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         place = f"http://127.0.0.1:{server.server_port}"
-        assert len(data.read_jsonl(f"{place}/math.jsonl")[0]) == 2
+        assert len(data.read_problems(f"{place}/math.jsonl")[0]) == 2
         with pytest.raises(UserError, match=rf"{place}/no.jsonl .*404.*local path"):
-            data.read_jsonl(f"{place}/no.jsonl")
+            data.read_problems(f"{place}/no.jsonl")
         server.shutdown()
     with pytest.raises(UserError, match=r"https://127.0.0.1:1/p.jsonl .*local path"):
-        data.read_jsonl("https://127.0.0.1:1/p.jsonl")
+        data.read_problems("https://127.0.0.1:1/p.jsonl")
 
 
 def test_a_file_on_the_hub(monkeypatch):
     asked = []
 
     class Hub:
-        def read_text(self, path, encoding):
+        def read_bytes(self, path):
             asked.append(path)
             if "gone" in path:
                 raise ConnectionError("no route")
-            return json.dumps(MATH[0])
+            return json.dumps(MATH[0]).encode()
 
     monkeypatch.setattr(huggingface_hub, "HfFileSystem", Hub)
-    assert data.read_jsonl("hf://datasets/owner/name/test.jsonl")[0][0]["answer"] == r"\frac{2}{7}"
+    assert data.read_problems("hf://datasets/owner/name/test.jsonl")[0][0]["answer"] == r"\frac{2}{7}"
     assert asked == ["hf://datasets/owner/name/test.jsonl"]
     with pytest.raises(UserError,
                        match=r"hf://datasets/owner/gone/test.jsonl \(ConnectionError: no route\).*local path"):
-        data.read_jsonl("hf://datasets/owner/gone/test.jsonl")
+        data.read_problems("hf://datasets/owner/gone/test.jsonl")
+
+
+def test_json_and_parquet_hold_the_same_rows(tmp_path):
+    expected = data.read_problems(write(tmp_path / "p.jsonl", MATH))
+    (tmp_path / "list.json").write_text(json.dumps(MATH, indent=1))
+    (tmp_path / "object.json").write_text(json.dumps({"version": 1, "data": MATH}))
+    columns = {key: [str(row[key]) for row in MATH] for key in MATH[0]}
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "p.parquet")
+    for name in ("list.json", "object.json", "p.parquet"):
+        assert data.read_problems(str(tmp_path / name)) == expected, name
+    (tmp_path / "cut.parquet").write_bytes((tmp_path / "p.parquet").read_bytes()[:-9])
+    (tmp_path / "two.json").write_text('{"a": [], "b": []}')
+    for name, words in (("cut.parquet", "cannot read"), ("two.json", "holds 2 lists of rows")):
+        with pytest.raises(UserError, match=f"{name}.*{words}|{words}.*{name}"):
+            data.read_problems(str(tmp_path / name))
+
+
+def test_a_data_set_of_the_hub_by_its_name(tmp_path, monkeypatch):
+    """The library takes a folder for a data set of that name: no network is needed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    write(tmp_path / "owner" / "name" / "train.jsonl", MATH)
+    write(tmp_path / "owner" / "name" / "test.jsonl", MATH[:2])
+    problems, _ = data.read_problems("owner/name@train")
+    assert [problem["answer"] for problem in problems] == [
+        problem["answer"] for problem in data.read_problems("owner/name/train.jsonl")[0]]
+    config = config_of("benchmarks.math500=owner/name@test")
+    assert len(data.problems_of(config, "math500")[0]) == 2
+    with pytest.raises(UserError, match=r"owner/name@no \(ValueError: Unknown split.*local path"):
+        data.read_problems("owner/name@no")
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe{\x00}\x00", b"\x1f\x8b\x08\x00\x00", b"\x00" * 99, b"[" * 10**6,
+                                     b'{"problem": "a", "answer": ' + b"9" * 10**6 + b"}", b"version https://git-lfs",
+                                     b'{"problem": "1+1?", "answer": "2", "answer": "3"}', b'{"numbers": [1e999]}'])
+def test_files_that_are_no_data(tmp_path, content):
+    for name in ("p.jsonl", "p.json", "p.parquet"):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError) as caught:
+            data.read_problems(str(tmp_path / name))
+        assert name in str(caught.value) and len(str(caught.value).splitlines()) == 1 and len(str(caught.value)) < 500
 
 
 def test_verdicts():
@@ -166,8 +211,19 @@ def test_verdicts():
     for text, right in ((r"so \boxed{0.5}", True), (r"\boxed{1/2}, not \boxed{2}", False), ("1/2", False), ("", False)):
         assert data.is_correct(problem, text, "exact") == right
         assert data.is_correct(problem, text, "math_verify") == right
-    assert data.answer_of(problem, r"\boxed{0.5}") == data.answer_of(problem, r"thus \boxed{\frac{2}{4}}")
-    assert data.answer_of(problem, "no box") == data.answer_of(problem, "none") != data.answer_of(problem, r"\boxed{2}")
+    assert data.is_correct(problem, "so it is 1/2", "math_verify_text")
+    assert not data.is_correct(problem, "so it is 1/3", "math_verify_text")
+
+
+def test_answers_that_count_as_one():
+    problem = {"problem": "Half?", "answer": r"\frac{1}{2}", "level": None, "subject": ""}
+
+    def answer(text, grader="exact"):
+        return data.answer_of(problem, text, grader)
+
+    assert answer(r"\boxed{0.5}") == answer(r"thus \boxed{\frac{2}{4}}")
+    assert answer("no box") == answer("none") != answer(r"\boxed{2}")
+    assert answer("it is 1", "math_verify_text") != answer("it is 2", "math_verify_text")
 
 
 PROBLEM = {"problem": r"What is $\frac{4}{2}$, {dear}?", "answer": "2", "level": None, "subject": ""}

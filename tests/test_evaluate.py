@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -13,11 +14,12 @@ import numpy as np
 import pytest
 from helpers import ROOT
 
+import completions as kept
 import evaluate
 import toy
 from support import config as configs
 from support import plots
-from support.statistics import Estimate, difference
+from support.statistics import Estimate, average, difference
 
 
 @pytest.mark.parametrize("n", range(1, 8))
@@ -151,7 +153,7 @@ def test_bootstrap_covers():
         truth = np.clip(np.array(skill) + 0.1, 0, 1).mean() - skill.mean()
         ones = np.ones(80)
         figures = Estimate(one, ones), Estimate(two, ones)
-        d, low, high = difference(*figures, resamples=400, seed=trial)
+        d, low, high = difference(*([figure] for figure in figures), resamples=400, seed=trial)
         held += low <= truth <= high
         assert low <= d <= high
     assert 0.9 <= held / 300 <= 0.99
@@ -161,15 +163,52 @@ def test_pairing_narrows_the_interval():
     rng = np.random.default_rng(1)
     skill, ones = rng.random(200), np.ones(200)
     one, two = Estimate(skill, ones), Estimate(skill + 0.01 * rng.random(200), ones)
-    _, low, high = difference(one, two)
+    _, low, high = difference([one], [two])
     assert 0 < low < high < 0.01 and high - low < 0.1 * one.error
+
+
+def test_average_over_problem_sets():
+    """Each set counts the same, whatever its size; differences against a bootstrap written out in loops."""
+    rng = np.random.default_rng(2)
+    sets = [[Estimate(rng.random(size), np.ones(size)) for size in (40, 10)] for _ in range(2)]
+    value, error = average(sets[0])
+    assert value == pytest.approx((sets[0][0].top.mean() + sets[0][1].top.mean()) / 2)
+    assert error == pytest.approx(math.hypot(sets[0][0].error, sets[0][1].error) / 2)
+    assert average([sets[0][0], Estimate(np.ones(1), np.ones(1))])[1] is None
+    gap, low, high = difference(*sets)
+    means = []
+    for _ in range(2000):
+        draws = [rng.integers(size, size=size) for size in (40, 10)]
+        means.append(sum((other.top - one.top)[draw].mean() for one, other, draw in zip(*sets, draws)) / 2)
+    assert gap == pytest.approx(sum(other.value - one.value for one, other in zip(*sets)) / 2)
+    assert [low, high] == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.02)
+
+
+@pytest.mark.parametrize("models, metrics", [(1, 3), (2, 12), (9, 12), (30, 4)])
+def test_tables_fit_a_terminal(models, metrics):
+    """Every cell is there, next to its labels, however the table is turned and cut."""
+    table = {f"runs/model-{i}/model": {f"metric@{j}": (i + j / 100, 0.01) for j in range(metrics)}
+             for i in range(models)}
+    text = evaluate.format_table(table)
+    assert max(map(len, text.splitlines())) <= 100
+    found = {}
+    for block in text.split("\n\n"):
+        head, *lines = block.splitlines()
+        for line in lines:
+            label, *cells = re.split(r" {2,}", line.strip())
+            for column, cell in zip(head.split(), cells, strict=True):
+                model, metric = (label, column) if label in table else (column, label)
+                found[model, metric] = cell
+    assert found == {(model, metric): f"{value:.3f} ±{error:.3f}" for model, own in table.items()
+                     for metric, (value, error) in own.items()}
 
 
 def test_table_and_file_round_trip(tmp_path):
     table = evaluate.format_table({"base": made_up().summary(), "trained": made_up().summary(made_up())})
     lines = table.splitlines()
-    assert len({len(line) for line in lines}) == 1 and len(lines) == 3
-    assert "d_collapse" in lines[0] and lines[1].split()[0] == "base" and lines[1].split()[-1] == "-"
+    assert len({len(line) for line in lines}) == 1 and lines[0].split() == ["base", "trained"]
+    (collapse,) = [line.split() for line in lines if "d_collapse" in line]
+    assert collapse[1] == "-" and float(collapse[2]) == round(made_up().summary(made_up())["d_collapse"][0], 3)
     made_up().save(tmp_path / "e.npz")
     loaded = evaluate.Evaluation.load(tmp_path / "e.npz")
     for name, value in vars(made_up()).items():
@@ -206,18 +245,34 @@ def completions(folder):
 def test_several_models_and_files(toys, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("mine.jsonl").write_text('{"numbers": [1, 2], "target": 3}\n{"numbers": [2, 2], "target": 4}\n')
-    run([f"models=[{toys / 'one'},{toys / 'two'}]", "data=[auto,mine.jsonl]", "k=[1,8]", *SMALL])
+    words = [f"models=[{toys / 'one'},{toys / 'two'}]", "data=[auto,mine.jsonl]", "k=[1,8]", "out=first.try", *SMALL]
+    run([*words, "show=1"])
     printed = capsys.readouterr().out
-    assert "auto:" in printed and "mine.jsonl:" in printed and "paired bootstrap" in printed
-    assert "Pass@8 (k = n)" in printed and printed.count("d_collapse fixed") == 4
-    report = json.loads(Path("evaluations/evaluation.json").read_text())
-    assert report.keys() == {"auto", "mine.jsonl"}
+    assert "auto:" in printed and "mine.jsonl:" in printed and "average of 2 problem sets:" in printed
+    assert "Pass@8 (k = n)" in printed and printed.count("d_collapse fixed") >= 6 and "paired bootstrap" in printed
+    stored = json.loads(Path("evaluations/first.try.json").read_text())
+    assert stored["settings"]["samples"] == 8 and stored["versions"]["torch"] and stored["date"].startswith("20")
+    report = stored["results"]
+    assert report.keys() == {"auto", "mine.jsonl", "average"}
+    for name, own in report["average"].items():
+        assert own["pass@1"][0] == pytest.approx((report["auto"][name]["pass@1"][0]
+                                                  + report["mine.jsonl"][name]["pass@1"][0]) / 2)
     one, two = report["auto"].values()
     assert one["d_collapse"][0] == pytest.approx(0, abs=1e-9)  # against itself ...
     assert one["d_collapse fixed"][0] == pytest.approx(0, abs=0.05)  # ... scored anew: tokens at the threshold may tip
     assert {"acc@8", "pass@1", "pass@8", "majority@8", "distinct", "length", "truncated", "differences"} <= two.keys()
     assert len(completions(tmp_path)) == 4
-    assert Path("evaluations/pass_at_k.png").stat().st_size > 5000
+    assert Path("evaluations/first.try.png").stat().st_size > 5000
+    counts = [json.loads(line) for line in Path("evaluations/first.try.problems.jsonl").read_text().splitlines()]
+    assert [row["data"] for row in counts] == ["auto"] * 4 + ["mine.jsonl"] * 2
+    assert counts[-1]["problem"] == {"numbers": [2, 2], "target": 4} and counts[-1]["samples"] == 8
+    for name, own in report["mine.jsonl"].items():
+        assert sum(row["correct"][name] for row in counts[4:]) / 16 == pytest.approx(own["pass@1"][0])
+        best = max(counts[4:], key=lambda row: row["correct"][name])  # the first of equal ones
+        assert f"{name}, problem {counts[4:].index(best)}: {best['correct'][name]} of 8 right" in printed
+    run(words)  # the same once more
+    with pytest.raises(configs.UserError, match="out=first.try: .*other settings"):
+        run([*words, "seed=1"])
     rows = [json.loads(line) for line in next(iter(completions(tmp_path).values())).decode().splitlines()[1:]]
     assert [(row["problem"], row["sample"]) for row in rows] == sorted((row["problem"], row["sample"]) for row in rows)
     names = {"problem", "sample", "text", "correct", "length", "stopped", "entropy", "tokens", "entropies"}
@@ -238,14 +293,14 @@ def test_killed_and_resumed_is_byte_identical(toys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "whole")
     run([f"model={toys / 'one'}", *SMALL])
     monkeypatch.chdir(tmp_path / "broken")
-    sample, calls = evaluate.sample_and_grade, []
+    sample, calls = kept.sample_and_grade, []
 
     def stumble(*arguments, **named):
         calls.append(1)
         return sample(*arguments, **named) if len(calls) < 3 else 1 / 0
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "sample_and_grade", stumble)
+        patch.setattr(kept, "sample_and_grade", stumble)
         with pytest.raises(ZeroDivisionError):
             run([f"model={toys / 'one'}", *SMALL])
     assert not completions(".")
@@ -253,9 +308,55 @@ def test_killed_and_resumed_is_byte_identical(toys, tmp_path, monkeypatch):
     assert completions(".") == completions(tmp_path / "whole")
     before = len(calls)
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "sample_and_grade", stumble)
+        patch.setattr(kept, "sample_and_grade", stumble)
         run([f"model={toys / 'one'}", *SMALL])  # all there: nothing is drawn again
     assert len(calls) == before
+
+
+def test_damaged_parts_are_drawn_anew_and_damaged_completions_refused(toys, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words, write, parts = [f"model={toys / 'one'}", *SMALL], kept.write, []
+
+    def stop(file, header, text):
+        if file.name == "completions.jsonl":
+            raise ZeroDivisionError
+        parts.append(file)
+        write(file, header, text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kept, "write", stop)
+        with pytest.raises(ZeroDivisionError):
+            run(words)
+    whole = [part.read_bytes() for part in parts]
+    assert len(parts) >= 4
+    for part, damaged in zip(parts, (b"", whole[0], whole[2].replace(b'"correct": false', b'"correct": true', 1))):
+        part.write_bytes(damaged)  # cut; of another chunk; edited
+    parts[3].write_bytes(whole[3][:-9])
+    capsys.readouterr()
+    run(words)
+    notes = [line for line in capsys.readouterr().err.splitlines() if "drawn anew" in line]
+    assert notes == [f"note: {part} is damaged: drawn anew" for part in parts[:4]]
+    (done,) = Path("evaluations").glob("*/completions.jsonl")
+    assert done.read_bytes().partition(b"\n")[2] == b"".join(part.partition(b"\n")[2] for part in whole)
+    done.write_text(done.read_text().replace('"correct": false', '"correct": true', 1))
+    with pytest.raises(configs.UserError, match="completions.jsonl is damaged: delete"):
+        run(words)
+
+
+def test_one_process_at_a_time(toys, tmp_path, monkeypatch):
+    """While a first one draws, the second is refused; what it leaves of itself locks nobody out."""
+    monkeypatch.chdir(tmp_path)
+    sample, words = kept.sample_and_grade, [f"model={toys / 'one'}", *SMALL]
+
+    def meanwhile(*arguments, **named):
+        monkeypatch.setattr(kept, "sample_and_grade", sample)
+        with pytest.raises(configs.UserError, match=f"in use by process {os.getpid()}"):
+            run(words)
+        return sample(*arguments, **named)
+
+    monkeypatch.setattr(kept, "sample_and_grade", meanwhile)
+    run(words)
+    assert len(completions(".")) == 1 and not list(Path("evaluations").glob("*/lock"))
 
 
 def test_two_ranks_give_the_same_evaluation(toys, tmp_path, monkeypatch, capsys):
@@ -296,7 +397,7 @@ def test_other_settings_or_weights_are_another_evaluation(toys, tmp_path, monkey
     entropies = {}  # of the colder evaluation, and of the one that differs in nothing else
     for lines in map(bytes.splitlines, completions(".").values()):
         settings = json.loads(lines[0])
-        temperature = settings.pop("temperature")
+        temperature, _ = settings.pop("temperature"), settings.pop("crc")
         mean = np.mean([json.loads(line)["entropy"] for line in lines[1:]])
         entropies.setdefault(json.dumps(settings), {})[temperature] = mean
     (pair,) = [found for found in entropies.values() if len(found) == 2]
@@ -330,7 +431,8 @@ def test_running_mean():
     "arguments, words",
     [(["k=[1,32]"], "k=32 with samples=16"), (["k=[0]"], "k=[0]"), (["samples=0"], "samples=0"),
      (["steps=3"], "steps"), (["model=[toy,nowhere]"], "nowhere: no such folder"), (["data=[auto,x.jsonl]"], "x.jsonl"),
-     (["model=[toy,]"], "several as [a,b]")],
+     (["model=[toy,]"], "several as [a,b]"), (["out=a/b"], "out=a/b"), (["show=-1"], "show=-1"),
+     (["data=[auto,owner/name:x]"], "owner/name@split")],
 )
 def test_bad_input(arguments, words):
     with pytest.raises(configs.UserError, match=re.escape(words)):

@@ -17,13 +17,14 @@ ROOMS = ("grading", "support", "analysis")
 FILES = sorted([*ROOT.glob("*.py"), *(path for room in ROOMS for path in (ROOT / room).glob("*.py"))])
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 RUNTIME = {"torch", "transformers", "tokenizers", "numpy", "tqdm", "yaml", "huggingface_hub"}  # transformers' own last
-OPTIONAL = {"matplotlib", "math_verify", "trl", "datasets", "wandb"}  # imported in the branch that was asked for
+OPTIONAL = {"matplotlib", "math_verify", "trl", "datasets", "pyarrow", "wandb"}  # imported in the branch asked for
 
 # Each file or room imports only what stands below it; within a room, and on one line, anything goes.
 LEVELS = [
     {"analysis", "benchmark", "reproduce"},
     {"train"},
     {"evaluate"},
+    {"completions"},
     {"step"},
     {"toy"},
     {"data"},
@@ -34,7 +35,7 @@ LEVELS = [
 ]
 # Outside packages, where a reader should need few.
 ONLY = {"scope": {"torch"}, "grpo": {"torch"}, "rewards": {"torch"}, "grading": {"tqdm", "math_verify"},
-        "support/config": {"yaml"}, "analysis/law": {"numpy"}}
+        "support/config": {"yaml"}, "support/checks": set(), "analysis/law": {"numpy"}}
 
 
 def name_of(path) -> str:

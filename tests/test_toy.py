@@ -73,10 +73,10 @@ def test_too_few_problems_is_told():
         data.countdown(100, heldout=True, numbers=2, largest=2, limit=4)
 
 
-def test_read_jsonl(tmp_path):
+def test_read_problems(tmp_path):
     file = tmp_path / "problems.jsonl"
     file.write_text('{"numbers": [1, 2], "target": 3, "note": "x"}\n\n{"numbers": [4, 5], "target": 9}\n')
-    assert data.read_jsonl(str(file)) == ([{"numbers": [1, 2], "target": 3}, {"numbers": [4, 5], "target": 9}], [])
+    assert data.read_problems(str(file)) == ([{"numbers": [1, 2], "target": 3}, {"numbers": [4, 5], "target": 9}], [])
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_bad_rows_name_file_and_line(tmp_path, line):
     file = tmp_path / "problems.jsonl"
     file.write_text('{"numbers": [1, 2], "target": 3}\n' + line + "\n")
     with pytest.raises(UserError, match=r"problems\.jsonl, line 2"):
-        data.read_jsonl(str(file))
+        data.read_problems(str(file))
 
 
 def test_a_files_rows_on_the_evaluations_side_are_left_out(tmp_path):
@@ -112,7 +112,7 @@ def test_a_files_rows_on_the_evaluations_side_are_left_out(tmp_path):
 def test_empty_file_is_refused(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(UserError, match="holds no problem"):
-        data.read_jsonl(str(tmp_path / "empty.jsonl"))
+        data.read_problems(str(tmp_path / "empty.jsonl"))
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """The run: schedule, metrics, kill and resume, and the real command on one rank and on two."""
 
+import importlib.util
 import json
 import math
 import socket
@@ -176,7 +177,7 @@ def test_the_schedule_the_samples_and_the_base_reach_the_run(in_tmp, monkeypatch
     assert table["base"]["d_collapse"][0] == pytest.approx(0, abs=1e-9) and table["base"] != table["trained"]
     train.main(configs.training_keys([*SMALL, "name=other", "seed=7", "steps=3"]))
     assert len(set(seeds)) == 7 and sizes[3:] == [2, 4]  # random selections follow the seed; the base's is shared
-    assert train.evaluate.STEP < 0  # no step of training, so none of its draws
+    assert train.evaluate.completions.STEP < 0  # no step of training, so none of its draws
     base = train.evaluate.Evaluation.load("runs/spied/base_evaluation/auto.npz")
     assert table["base"]["entropy"][0] == pytest.approx(base.entropy.mean(), rel=1e-5)
 
@@ -220,7 +221,7 @@ def test_metrics_and_samples_go_to_trackers_and_on_under_one_id(in_tmp, monkeypa
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Table=lambda columns, data: (columns, data)))
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
-    monkeypatch.setattr(configs.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     words = [*SMALL, "name=tracked", "log.wandb=project", "log.tensorboard=true"]
     problems = steps.step_problems
     with monkeypatch.context() as patch:

@@ -68,7 +68,7 @@ BAD = {
     "missing data": (["data=nothing.jsonl"], ["data=nothing.jsonl", "no such file"]),
     "prompt without target": (["prompt.countdown={numbers}"], ["prompt.countdown=", "{target}"]),
     "prompt without problem": (["prompt.plain=Solve it."], ["prompt.plain=", "{problem}"]),
-    "unknown grader": (["reward.grader=sympy"], ["reward.grader=sympy", "exact or math_verify"]),
+    "unknown grader": (["reward.grader=sympy"], ["reward.grader=sympy", "exact, math_verify or math_verify_text"]),
     "missing recipe": (["recipe=recipes/no.yaml"], ["recipe=recipes/no.yaml", "cannot be read"]),
     "validation share above 1": (["data.validation=2.0"], ["data.validation=2.0", "at most 1"]),
     "unknown normaliser": (["grpo.normaliser=batch"], ["batch", "token or sequence"]),
