@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import time
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,15 +22,37 @@ SHORT = {"data": "data.file", "reward": "reward.kind"}
 
 
 class Loader(yaml.SafeLoader):
-    """YAML in which 1e-6 is a number, as in its version 1.2."""
+    """YAML of plain settings: 1e-6 is a number and 010 none, as in version 1.2; no dates; nothing twice, neither a key of
+    a mapping nor by reference, for ten lines of references can stand for a billion words."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("references (*name) are not taken")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node, deep=False):
+        (key, count), *_ = Counter(str(key.value) for key, _ in node.value).most_common(1) or [("", 0)]
+        if count > 1:
+            raise yaml.YAMLError(f"{key} stands twice, in line {node.start_mark.line + 1} or below")
+        return super().construct_mapping(node, deep)
 
 
+Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in known if not tag.endswith((":timestamp", ":int"))]
+    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9][\d_]{,30})$"), list("-+0123456789"))
 Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d[\d_]*(\.[\d_]*)?[eE][-+]?\d+$"),
                              list("-+0123456789"))
 
 
 def read_yaml(text: str):
-    return yaml.load(text, Loader)  # as safe as safe_load, whose subclass it is
+    """As safe as safe_load. Whatever is wrong with the text is a YAMLError."""
+    if len(text) > 100_000:
+        raise yaml.YAMLError("it is longer than any settings are")
+    try:
+        return yaml.load(text, Loader)
+    except (ValueError, RecursionError, TypeError) as error:  # !!int x; a thousand brackets; a list as a key
+        raise yaml.YAMLError(f"{type(error).__name__}: {error}") from None
 
 
 @contextmanager
@@ -112,10 +135,11 @@ def recipe_keys(arguments: list[str], known: dict) -> dict:
     file = ([word.removeprefix("recipe=") for word in arguments if word.startswith("recipe=")] or [""])[-1]
     if not file:
         return {}
+    require(Path(file).is_file(), f"recipe={file}: no such file; recipes/ has some")
     try:
         tree = read_yaml(Path(file).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"recipe={file} cannot be read: {' '.join(str(error).split())}") from None
+        raise UserError(f"recipe={file} cannot be read: {' '.join(str(error).split())[:300]}") from None
     require(isinstance(tree, dict), f"recipe={file}: give a YAML file of keys as in config.yaml")
     flat = {SHORT.get(key, key): value for key, value in flatten(tree).items()}
     for key in flat:
@@ -214,7 +238,7 @@ def ks(text: str, samples: int) -> list[int]:
     if text == "auto":
         return [k for k in (2**i for i in range(20)) if k < max(samples, 2)]
     words = listed(text)
-    require(all(word.isdigit() and int(word) > 0 for word in words), f"k={text}: give whole numbers, [1,8,64]")
+    require(all(re.fullmatch("[1-9][0-9]{0,8}", word) for word in words), f"k={text}: give whole numbers, [1,8,64]")
     values = sorted({int(word) for word in words})
     require(values[-1] <= samples, f"k={values[-1]} with samples={samples}: Pass@k needs at least k samples")
     return values

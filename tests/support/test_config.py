@@ -7,6 +7,7 @@ import io
 import os
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -69,7 +70,7 @@ BAD = {
     "prompt without target": (["prompt.countdown={numbers}"], ["prompt.countdown=", "{target}"]),
     "prompt without problem": (["prompt.plain=Solve it."], ["prompt.plain=", "{problem}"]),
     "unknown grader": (["reward.grader=sympy"], ["reward.grader=sympy", "exact, math_verify or math_verify_text"]),
-    "missing recipe": (["recipe=recipes/no.yaml"], ["recipe=recipes/no.yaml", "cannot be read"]),
+    "missing recipe": (["recipe=recipes/no.yaml"], ["recipe=recipes/no.yaml", "no such file"]),
     "validation share above 1": (["data.validation=2.0"], ["data.validation=2.0", "at most 1"]),
     "unknown normaliser": (["grpo.normaliser=batch"], ["batch", "token or sequence"]),
     "unknown KL": (["selection.kl=k2"], ["k2", "full or k3"]),
@@ -85,6 +86,11 @@ BAD = {
     "no name": (["name="], ["plain folder name"]),
     "seed too large": (["seed=99999999999999999999"], ["seed=99999999999999999999", "at most"]),
     "odd heads": (["toy.heads=5", "toy.hidden=130"], ["toy.heads=5", "even"]),
+    "YAML that constructs": (["steps=!!int x"], ["steps=!!int x", "whole number"]),
+    "a date": (["seed=2020-13-45"], ["seed=2020-13-45", "whole number"]),
+    "octal": (["seed=010"], ["seed=010", "whole number"]),
+    "brackets": (["steps=" + "[" * 5000], ["steps=[[", "whole number"]),
+    "a recipe in a folder": (["recipe=."], ["recipe=.", "no such file"]),
     "countdown too small": (["countdown.limit=10"], ["countdown.limit=10", "countdown.largest=20"]),
 }
 
@@ -93,6 +99,34 @@ BAD = {
 def test_bad_input_is_one_line(tmp_path, arguments, words):
     check_message(run_here(tmp_path, *arguments), *words)
     assert not list(tmp_path.iterdir())
+
+
+def bomb() -> str:
+    levels = [f"{two}: &{two} [{', '.join(['*' + one] * 9)}]" for one, two in zip("abcdefgh", "bcdefghi")]
+    return "\n".join(["a: &a [x, x, x, x, x, x, x, x, x]", *levels])
+
+
+@pytest.mark.parametrize("text, words", [
+    (bomb(), "references"), ("steps: &x [*x]", "references"), ("steps: 1\nseed: 2\nsteps: 3", "steps stands twice"),
+    ("optimizer: {lr: 1.0e-5}\noptimizer: {schedule: constant}", "optimizer stands twice"),
+    ("steps: !!python/object/apply:os.system [touch touched]", "could not determine a constructor"),
+    ("[" * 5000, "RecursionError"), ("steps: 0" + "0" * 99_999, "longer"), ("? [1]\n: 2", "unhashable"),
+    ("\0", "cannot be read"), (b"\xff\xfe\x00", "cannot be read"), ("", "give a YAML file"),
+    ("- steps", "give a YAML file"),
+    ("steps: [1]", "steps=[1]: needs a whole number"), ("steps: null", "needs a whole number"),
+    ("5: 6", "unknown config key '5'"),
+])
+def test_hostile_recipes(tmp_path, text, words):
+    """One line, soon, and nothing made or run."""
+    (tmp_path / "recipe.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+    started = time.process_time()
+    check_message(run_here(tmp_path, "recipe=recipe.yaml"), "recipe=recipe.yaml", words)
+    assert time.process_time() - started < 10 and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_pipe_is_no_recipe(tmp_path):
+    os.mkfifo(tmp_path / "recipe.yaml")
+    check_message(run_here(tmp_path, "recipe=recipe.yaml"), "no such file")
 
 
 def test_a_typo_is_told_before_torch_is_imported(tmp_path):
