@@ -22,8 +22,8 @@ SHORT = {"data": "data.file", "reward": "reward.kind"}
 
 
 class Loader(yaml.SafeLoader):
-    """YAML of plain settings: 1e-6 is a number and 010 none, as in version 1.2; no dates; nothing twice, neither a key of
-    a mapping nor by reference, for ten lines of references can stand for a billion words."""
+    """YAML of plain settings: 1e-6 is a number and 010 none, as in version 1.2; no dates; nothing twice, no key of
+    a mapping and none by reference, for ten lines of references can stand for a billion words."""
 
     def compose_node(self, parent, index):
         if self.check_event(yaml.AliasEvent):
