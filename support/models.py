@@ -4,6 +4,7 @@ A model is taken as two parts, hidden states and their vocabulary projection, so
 `load` refuses those whose logits are anything else than lm_head(hidden states).
 """
 
+import signal
 import zlib
 from contextlib import contextmanager
 from functools import cache
@@ -208,12 +209,23 @@ def turn_end(tokenizer) -> int | None:
     return first[0] if first and first[0] in tokenizer.get_added_vocab().values() else None
 
 
+TEMPLATE_SECONDS = 120.0  # for all prompts; ten thousand take about two
+
+
 def from_template(tokenizer, chat: list, **arguments):
+    def too_slow(*_):
+        raise TimeoutError(f"it takes longer than {TEMPLATE_SECONDS:g} s")
+
+    before = signal.signal(signal.SIGALRM, too_slow)  # a template is a program: its loops may be endless in effect
+    signal.setitimer(signal.ITIMER_REAL, TEMPLATE_SECONDS)
     try:
         return tokenizer.apply_chat_template(chat, tokenize=False, **arguments)
     except Exception as error:  # templates raise what they like; Gemma's refuses a system message
         raise UserError(f"the model's chat template refuses the prompt ({' '.join(str(error).split())[:200]}): "
                         "leave prompt.system empty, and say it in prompt.math") from None
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def encode_prompts(tokenizer, texts: list[str], *, system: str = "") -> list[list[int]]:

@@ -182,6 +182,14 @@ def test_the_end_of_a_turn_and_of_a_text_both_stop(family, ends, chat):
     assert models.stop_ids(model, words) == sorted(words.convert_tokens_to_ids(ends))
 
 
+def test_a_template_that_does_not_end_is_told(monkeypatch):
+    monkeypatch.setattr(models, "TEMPLATE_SECONDS", 0.2)
+    words = tokenizer("qwen", chat=True)
+    words.chat_template = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    with pytest.raises(UserError, match="chat template .*longer than 0.2 s"):
+        models.encode_prompts(words, ["2?"])
+
+
 def test_a_chat_templates_own_end_of_turn_stops():
     words = tokenizer("qwen", chat=True)
     words.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}<|im_start|>{% endfor %}"
