@@ -196,8 +196,7 @@ def of_completions(kept: Completions, grader: str) -> Evaluation:
 def main(keys: dict) -> None:
     config = configs.namespace(configs.nest(keys))
     if config.plot:
-        runs = plots.read_metrics(configs.listed(config.plot))
-        print(plots.picture(Path("training_curves.png"), lambda plot: plots.training_curves(plot, runs)))
+        print(plots.curves_of(configs.listed(config.plot), config.out))
         return
     ks, names = configs.ks(config.k, config.samples), configs.listed(config.model)
     settings = {key: value for key, value in keys.items() if key not in ("out", "show", "plot", "recipe")}
@@ -324,7 +323,9 @@ def write_results(out: str, settings: dict, report: dict, kept: dict) -> None:
              "settings": settings}
     replace_text(folder / f"{out}.json", json.dumps(about | {"results": report}, indent=1) + "\n")
     print(f"\nwritten: {folder / out}.json, {out}.problems.jsonl (correct counts), evaluations/*/completions.jsonl")
-    print(plots.picture(folder / f"{out}.png", lambda plot: plots.pass_at_k(plot, report)))
+    sizes = {file: f"{len(next(iter(of_file.values())).problems)} problems x {settings['samples']} samples"
+             for file, of_file in kept.items()}
+    print(plots.picture(folder / f"{out}.png", lambda plot: plots.pass_at_k(plot, report, sizes)))
 
 
 if __name__ == "__main__":

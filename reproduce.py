@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 import data
 import toy
-from support import checkpoint, plots, processes, report
+from support import checkpoint, figures, plots, processes, report
 from support.files import replace_text
 
 # ---------------------------------------------------------------- what the paper's names stand for
@@ -122,11 +122,11 @@ def table2(lambdas: dict) -> dict[str, list[Row]]:
 
 
 EXPERIMENTS = {
-    "figure1": Experiment(figure1, seeds=5, draw=plots.over_strength),
-    "figure2": Experiment(figure2, seeds=10, draw=plots.bars),
-    "table1": Experiment(table1, seeds=5, references=("baseline", "SCOPE"), draw=plots.frontier),
-    "table2": Experiment(table2, seeds=5, references=("alone",), draw=plots.bars),
-    "figure3": Experiment(figure2, seeds=10, draw=plots.pass_at_k_over_seeds, runs_of="figure2"),
+    "figure1": Experiment(figure1, seeds=5, draw=figures.over_strength),
+    "figure2": Experiment(figure2, seeds=10, draw=figures.bars),
+    "table1": Experiment(table1, seeds=5, references=("baseline", "SCOPE"), draw=figures.frontier),
+    "table2": Experiment(table2, seeds=5, references=("alone",), draw=figures.bars),
+    "figure3": Experiment(figure2, seeds=10, draw=figures.pass_at_k_over_seeds, runs_of="figure2"),
     "table4": Experiment(figure2, seeds=10, runs_of="figure2"),
 }
 
@@ -269,7 +269,7 @@ def columns_of(name: str, lines: list[dict]) -> list[list[tuple]]:
     """The columns of each table: mostly Pass@1, the mean of all samples, and d_collapse; then Pass@k, k = n."""
     if name == "table4":
         return [[(key, ("training", key)) for key in ("seconds", "tokens/s", "length", "mem_gb")]]
-    files, largest = plots.benchmarks(lines)
+    files, largest = figures.benchmarks(lines)
     first, every_k = files[0], [key for key in lines[0]["figures"]["trained"][files[0]] if key.startswith("pass@")]
     if name == "figure3":
         return [[(f"{key.capitalize()} {first}", ("trained", first, key)) for key in every_k]]

@@ -227,12 +227,14 @@ def base_evaluations(run, heldout: dict[str, list], folder: Path) -> dict[str, e
 
 
 def evaluation_metrics(trained: dict, base: dict | None = None) -> dict[str, float]:
-    """The first file's as eval/NAME, those of further files as eval/FILE/NAME."""
+    """The first file's as eval/NAME, those of further files as eval/FILE/NAME; of Pass@k its standard error too."""
     metrics = {}
     for i, (file, evaluation) in enumerate(trained.items()):
         prefix = f"eval/{file_name(file)}/" if i else "eval/"
         summary = evaluation.summary(base and base[file])
         metrics |= {prefix + name: value for name, (value, _) in summary.items()}
+        metrics |= {f"{prefix}{name}_stderr": error for name, (_, error) in summary.items()
+                    if name.startswith("pass@") and error is not None}
     return metrics
 
 

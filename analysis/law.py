@@ -120,22 +120,24 @@ def main(arguments: list[str]) -> None:
 
 
 def draw_law(plot, runs: dict, fits: dict):
-    figure, axis = plot.subplots(figsize=(7, 4.5), layout="constrained")
-    for i, (name, points) in enumerate(runs.items()):
-        _, H, R = map(np.array, zip(*points))
-        a, b = fits[name].a, fits[name].b
-        curve = np.linspace(0, H.max() * 1.05, 100)
-        axis.plot(curve, b - a * np.exp(curve), color=f"C{i}", linewidth=1, linestyle="-" if i == 0 else ":")
-        if i == 0:
-            value, error = np.array([fits[name].at(x) for x in np.exp(curve)]).T
+    """The points of each run and its curve between them; the ceilings, far off at H = 0, are in the table."""
+    figure, axis = plot.subplots(figsize=(7.5, 4.8), layout="constrained")
+    names = list(runs)
+    for name, colour in zip(names, plots.colours([plots.method_of(name) for name in names])):
+        _, H, R = map(np.array, zip(*runs[name]))
+        along = np.linspace(H.min(), H.max(), 100)
+        value, error = np.array([fits[name].at(x) for x in np.exp(along)]).T
+        axis.plot(along, value, color=colour, linewidth=1.5)
+        if name == names[0]:
             half = t_quantile(0.975, fits[name].n - 2) * error
-            axis.fill_between(curve, value - half, value + half, color="C0", alpha=0.12, linewidth=0)
-        axis.plot(H, R, "o-", color=f"C{i}", markersize=5, linewidth=0.4, label=name)
-    everything = [R for points in runs.values() for _, _, R in points] + [fits[next(iter(fits))].at(1.0)[0]]
-    axis.set(xlabel="entropy H (nats)", ylabel="held-out accuracy R", title="R = -a e$^H$ + b, 95 % band of the first",
-             ylim=(max(0, min(everything) - 0.1), min(1, max(everything) + 0.1)))
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+            axis.fill_between(along, value - half, value + half, color=colour, alpha=0.15, linewidth=0)
+        axis.plot(H, R, "o", color=colour, markersize=5, label=plots.short_name(name))
+        axis.annotate(f"step {runs[name][-1][0]}", (H[-1], R[-1]), color=colour, fontsize=8, xytext=(0, -14),
+                      textcoords="offset points", ha="center")
+    axis.set(xlabel="entropy H (nats); a run goes from right to left as it falls", ylabel="held-out accuracy R",
+             title="entropy-performance law R = -a e$^H$ + b")
+    axis.legend()
+    plots.caption(figure, f"Band: 95 % interval of the curve of {plots.short_name(names[0])}")
     return figure
 
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from support import plots
 from support.tables import aligned
 
 EDGES = (0.0, 0.1, 0.3, 0.7, 0.9, 1.0)  # of p_v
@@ -59,23 +60,30 @@ def verdict(by_kind: dict) -> str:
 
 
 def draw_tightness(plot, p: np.ndarray, ratios: np.ndarray, members: dict, by_kind: dict):
-    figure, (left, right) = plot.subplots(1, 2, figsize=(11, 4.5), width_ratios=(2, 1), layout="constrained")
-    for i, (kind, some) in enumerate(members.items()):
+    figure, (left, right) = plot.subplots(1, 2, figsize=(9.5, 4.6), width_ratios=(3, 2), layout="constrained")
+    top = 1.1 * max(0.5, np.nanquantile(ratios, 0.98))  # a few, of p near 1 and L near 0, may be far above all others
+    highest = 1.15 * max(sum(with_error(own[name])) for own in by_kind.values() for name in ("mean", "rms_corrected"))
+    for i, (kind, colour) in enumerate(zip(members, plots.colours(list(members)))):
         if kind in KINDS:
-            left.plot(p[some], ratios[some], "osD"[i], color=f"C{i}", markersize=4, alpha=0.6, linewidth=0)
+            left.plot(p[members[kind]], ratios[members[kind]], "osD"[i], color=colour, markersize=4, alpha=0.6,
+                      linewidth=0)
         for x, name in enumerate(("mean", "rms_corrected", "sums")):
             value, error = with_error(by_kind[kind][name])
             at = x + (i - 1.5) * 0.2
-            right.bar(at, value, 0.18, yerr=error, color=f"C{i}", capsize=2, label=kind if x == 0 else None)
+            right.bar(at, value, 0.18, yerr=error, color=colour, alpha=0.8, capsize=2, label=kind if x == 0 else None)
             if f"{name}_floor" in by_kind[kind]:
-                right.plot([at - 0.09, at + 0.09], [by_kind[kind][f"{name}_floor"][0]] * 2, "k--", linewidth=1)
+                floor = by_kind[kind][f"{name}_floor"][0]
+                right.plot([at - 0.09, at + 0.09], [floor] * 2, "k--", linewidth=1)
+                if floor > highest:
+                    right.text(at, highest, f"{floor:.1f}↑", ha="center", va="top", fontsize=8)
     grid = np.linspace(0, 1, 201)
-    left.plot(grid, abs(1 - 2 * grid) / 2, color="grey", linewidth=1, label="|1 - 2p| / 2: |α - β| = A_scale")
-    left.set(xlabel="p of the sampled token", ylabel="|R| / L", title="each context", ylim=(0, None))
-    left.set_yscale("symlog", linthresh=0.1)  # straight up to 0.1: most are near 0, some at p near 1 are large
-    right.set(title="by kind; dashed: noise alone", xticks=range(3), ylim=(0, None))
+    left.plot(grid, abs(1 - 2 * grid) / 2, color=plots.GREY, linewidth=1, label="|1-2p|/2, where |α-β| = A$_{scale}$")
+    above = int((ratios > top).sum())
+    left.set(xlabel="p of the sampled token", ylabel="|R| / L", ylim=(-0.02 * top, top),
+             title="each context" + f" ({above} above the axis)" * bool(above))
+    right.set(title="by kind", xticks=range(3), ylim=(0, highest))
     right.set_xticklabels(["mean", "rms,\ncorrected", "sum |R| /\nsum L"])
-    for axis in (left, right):
-        axis.legend(fontsize=8)
-        axis.grid(alpha=0.3)
+    handles, labels = (a + b for a, b in zip(right.get_legend_handles_labels(), left.get_legend_handles_labels()))
+    plots.legend(figure, handles, labels)
+    plots.caption(figure, "Whiskers: standard errors over problems; dashed: what noise alone would give")
     return figure

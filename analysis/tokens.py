@@ -17,7 +17,7 @@ import numpy as np
 from analysis.one_step import Step, analysis_keys, draw_step, keys_of_an_analysis, settings_of
 from analysis.tokens_svg import svg
 from support import config as configs
-from support import distributed, help
+from support import distributed, help, report
 from support.files import replace_text
 from support.tables import aligned
 
@@ -93,23 +93,44 @@ def ansi(tokens: list[View], largest: float) -> str:
     return " ".join(words)
 
 
-STYLE = """body { font: 15px/1.9 monospace; max-width: 60em; margin: 2em auto; padding: 0 1em; color: #222 }
+STYLE = """body { font: 15px/1.5 ui-monospace, Menlo, Consolas, monospace; max-width: 62em; margin: 1.5em auto;
+  padding: 0 1em 4em; color: #222; background: #fff }
+h1 { font-size: 1.2em; overflow-wrap: anywhere } h2 { font-size: 1em; margin: 2em 0 0.3em; overflow-wrap: anywhere }
+pre { line-height: 1.35; overflow-x: auto } summary { cursor: pointer; margin-top: 2em }
+div { border-top: 1px solid #ddd; padding: 0.2em 0; line-height: 2.1 }
+p.wrote { border-top: 1px solid #ddd; margin: 0; padding: 0.4em 0; white-space: pre-wrap; overflow-wrap: anywhere;
+  max-height: 15em; overflow-y: auto }
+p.wrote .label { min-width: 20ch }
+.label { color: #57606a; display: inline-block; min-width: 10em }
+.bar { display: inline-block; width: 6em; height: 1em; vertical-align: -0.15em; border-radius: 3px;
+  background: linear-gradient(90deg, rgba(255, 90, 60, 0), rgb(255, 90, 60)) }
 span { padding: 2px 5px; border-radius: 3px; border: 2px solid transparent; cursor: help }
 .selected { border-color: #b00020; font-weight: bold }
-h2 { font-size: 1em; margin: 1.6em 0 0.2em } .verdict { color: #777; display: inline-block; width: 9em }
-pre { line-height: 1.3 }"""
+span:focus::after { content: attr(title); position: fixed; inset: auto 0 0 0; padding: 0.6em 1em; background: #222;
+  color: #fff; font-weight: normal; line-height: 1.5 }
+@media (max-width: 45em) { body { font-size: 14px } div .label { display: block; line-height: 1.5 } }"""
 
 
-def html_page(title: str, table: str, groups: list[tuple[str, list[tuple[str, list[View]]]]], largest: float) -> str:
-    """One page without outside resources. groups: (prompt, [(label, tokens of a completion)])."""
-    parts = [f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title>"
-             f"<style>{STYLE}</style><h1>{html.escape(title)}</h1><pre>{html.escape(table)}</pre>"
-             "<p>Shaded by score p(1-p)[A]+, selected tokens framed; rest the mouse on a token for its figures.</p>"]
+def html_page(title: str, table: str, groups: list[tuple[str, list[tuple[str, list[View]]]]], largest: float,
+              samples: list[dict]) -> str:
+    """One page without outside resources. groups: (prompt, [(label, tokens of a completion)]); samples: the run's."""
+    parts = ["<!doctype html><html lang=en><meta charset=utf-8>"
+             "<meta name=viewport content='width=device-width, initial-scale=1'>"
+             f"<title>{html.escape(title)}</title><style>{STYLE}</style><h1>{html.escape(title)}</h1>"
+             f"<pre>{html.escape(table)}</pre>"
+             f"<p>Shaded by score p(1-p)[A]+: 0 <b class=bar></b> {largest:.3f}; "
+             "<b style='border: 2px solid #b00020; border-radius: 3px; padding: 2px 5px'>framed</b>: selected, it pays "
+             "the KL penalty. Rest the mouse on a token, or tap it, for its figures.</p>"]
     for prompt, completions in groups:
         parts.append(f"<h2>{html.escape(prompt)}</h2>")
         for label, tokens in completions:
             words = "\n".join(html_token(token, largest) for token in tokens)
-            parts.append(f"<div><i class=verdict>{html.escape(label)}</i>{words}</div>")
+            parts.append(f"<div><i class=label>{html.escape(label)}</i>{words}</div>")
+    if samples:
+        parts.append(f"<details><summary>What it wrote while it was trained: {len(samples)} completions</summary>")
+        parts += [f"<p class=wrote><i class=label>step {row['step']}, reward {row['reward']:.3g}</i> "
+                  f"<b>{html.escape(row['prompt'])}</b> {html.escape(row['completion'])}</p>" for row in samples]
+        parts.append("</details>")
     return "\n".join(parts) + "\n"
 
 
@@ -119,7 +140,8 @@ def html_token(token: View, largest: float) -> str:
            f"score {token.score:.3f}{', selected' if token.selected else ''}")
     mark = ' class="selected"' if token.selected else ""
     text = html.escape(token.text.replace("\n", "⏎"))
-    return f'<span{mark} style="background: rgba(255, 90, 60, {shade:.2f})" title="{html.escape(tip)}">{text}</span>'
+    return (f'<span{mark} tabindex=0 style="background: rgba(255, 90, 60, {shade:.2f})" title="{html.escape(tip)}">'
+            f"{text}</span>")
 
 
 def main(arguments: list[str]) -> None:
@@ -133,9 +155,9 @@ def main(arguments: list[str]) -> None:
     title += f" {sum(t.selected for t in flat)} of {len(flat)} tokens"
     print(f"{title}\n{table}\n")
 
-    largest = drawn.scores.max().item()
     most = sorted(range(len(drawn.problems)), key=lambda g: -drawn.selected[group_rows(g, config)].sum().item())
     shown = most[: config.shown]  # the problems with most selected tokens: in a group of equal rewards there are none
+    largest = max(token.score for group in shown for token in sum(every[group_rows(group, config)], []))
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     groups = []
     for group in shown:
@@ -150,9 +172,11 @@ def main(arguments: list[str]) -> None:
             line = ansi(row, largest) if colour else " ".join(f"[{t.text}]" if t.selected else t.text for t in row)
             print(f"  {verdict}  {line}")
     print("shaded by score, selected underlined" if colour else "[selected]; with colours on a terminal")
+    file = Path(config.run) / "samples.jsonl"  # without run= nothing is known of the training
+    samples = report.read_lines(file) if config.run else []
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    replace_text(out / "tokens.html", html_page(title, table, groups, largest))
+    replace_text(out / "tokens.html", html_page(title, table, groups, largest, samples))
     prompt, completions = groups[0]
     replace_text(out / "tokens.svg", svg(prompt, examples(completions)))
     print(f"written: {out / 'tokens.html'}, {out / 'tokens.svg'}")

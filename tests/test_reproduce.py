@@ -118,7 +118,7 @@ def made_up(name: str, seeds: int) -> list[dict]:
                 training = dict.fromkeys(("seconds", "tokens/s", "length", "mem_gb", "selection/fraction"), 0.1)
                 figures = {"base": trained, "trained": trained, "training": training}
                 lines.append({"section": section, "row": row.label, "strength": row.strength, "seed": seed,
-                              "figures": figures})
+                              "figures": figures, "keys": {"data.file": "countdown"}})
     return lines
 
 

@@ -106,7 +106,7 @@ def test_command(tmp_path, monkeypatch, capsys):
 
 
 def test_picture():
-    """Every run's points and curve are in it, and one band, which is the first run's."""
+    """Every run's points, its curve between them and no further, and one band, which is the first run's."""
     matplotlib = pytest.importorskip("matplotlib")
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -119,13 +119,17 @@ def test_picture():
     curve, marks, other_curve, other_marks = axis.lines
     assert np.allclose(marks.get_xydata(), [point[1:] for point in points])
     assert np.allclose(other_marks.get_xydata()[:, 1] - marks.get_xydata()[:, 1], 0.05)
-    assert np.allclose(curve.get_ydata(), fit.b - fit.a * np.exp(curve.get_xdata())) and curve.get_xdata()[0] == 0
+    along = curve.get_xdata()
+    assert np.allclose(curve.get_ydata(), fit.b - fit.a * np.exp(along)) and (along[0], along[-1]) == (0.2, 0.5)
     assert np.allclose(other_curve.get_ydata() - curve.get_ydata(), 0.05)
+    assert axis.get_xlim()[0] > 0.15 and axis.get_ylim()[1] < 0.6  # zoomed to the points
     (band,) = axis.collections
-    at_zero = band.get_paths()[0].vertices
-    at_zero = at_zero[at_zero[:, 0] == 0, 1]
-    ceiling, half = fit.intervals()["b - a"]
-    assert (at_zero.min(), at_zero.max()) == pytest.approx((ceiling - half, ceiling + half))
+    corners = band.get_paths()[0].vertices
+    for H in (0.2, 0.5):
+        value, error = fit.at(math.exp(H))
+        here = corners[corners[:, 0] == H, 1]
+        assert (here.min(), here.max()) == pytest.approx((value - t_quantile(0.975, 2) * error,
+                                                          value + t_quantile(0.975, 2) * error))
     pyplot.close(figure)
 
 

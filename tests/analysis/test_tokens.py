@@ -1,5 +1,6 @@
 """Where SCOPE acts: roles, the table, the terminal, the page, the picture, and the command, as it is of one step."""
 
+import json
 import os
 import re
 import subprocess
@@ -96,14 +97,18 @@ class Page(HTMLParser):
 def test_html_is_escaped_and_alone():
     nasty = ['<script>alert("1")</script>', "&amp;", "'\" onmouseover=x", "a\nb"]
     groups = [("<b>prompt", [("right", [view(text, 0.4, text == "&amp;") for text in nasty])])]
-    text = tokens.html_page("<i>title", "a < b", groups, largest=0.5)
+    samples = [{"step": 10, "prompt": "<a>1", "completion": "2 <img src=x>\n3", "reward": 0.123456}]
+    text = tokens.html_page("<i>title", "a < b", groups, 0.5, samples)
     page = Page(text)
-    assert set(page.tags) == {"html", "meta", "title", "style", "h1", "pre", "p", "h2", "div", "i", "span"}
+    assert set(page.tags) == {"html", "meta", "title", "style", "h1", "pre", "p", "h2", "div", "i", "b", "span",
+                              "details", "summary"}
     assert page.words == [*nasty[:3], "a⏎b"]
-    assert page.titles[0].keys() == {"style", "title"} and "0.80" in page.titles[0]["style"]
+    assert page.titles[0].keys() == {"style", "title", "tabindex"} and "0.80" in page.titles[0]["style"]
     assert [t.get("class") for t in page.titles] == [None, "selected", None, None]
     assert page.titles[1]["title"] == "operand: p 0.500, entropy 0.700, advantage +2.000, score 0.400, selected"
-    assert "http" not in text and "<script" not in text
+    assert "step 10, reward 0.123" in text and "2 &lt;img src=x&gt;\n3" in text and "0.500;" in text
+    assert not re.search(r"http|<script|url\(|@import|<link|<img", text)  # alone
+    assert "width=device-width" in text and "<details" not in tokens.html_page("", "", groups, 0.5, [])
 
 
 def test_ansi():
@@ -233,6 +238,8 @@ def test_one_process(monkeypatch):
 def test_command_of_a_run(in_tmp, small, capsys, monkeypatch):
     """run= gives the settings and the model; further keys on the command line win."""
     make_run("runs/a", [*small, "seed=4", "steps=2"])
+    sample = {"step": 7, "prompt": "1 2 -> 3 :", "completion": "1 + 2 = 3", "reward": 1.0}
+    Path("runs/a/samples.jsonl").write_text(json.dumps(sample) + "\n")
     arguments = ["run=runs/a", "group_size=5", "shown=2"]
     keys = one_step.analysis_keys(arguments, tokens.KEYS, {})
     assert (keys["seed"], keys["group_size"], keys["max_new_tokens"]) == (4, 5, 10)
@@ -244,17 +251,19 @@ def test_command_of_a_run(in_tmp, small, capsys, monkeypatch):
     text = Path("analyses/tokens.html").read_text()
     page = Page(text)
     assert page.tags.count("h2") == 2 and page.tags.count("div") == 10 and len(page.titles) > 10
+    assert "step 7, reward 1" in text and "<b>1 2 -&gt; 3 :</b> 1 + 2 = 3" in text  # of samples.jsonl
 
     drawn = one_step.draw_step(settings(arguments), ALONE)
     per_problem = drawn.selected.view(6, -1).sum(dim=1)
     shown = [part.count('class="selected"') for part in text.split("<h2>")[1:]]
     assert shown == sorted(per_problem.tolist(), reverse=True)[:2] and total == per_problem.sum()
-    first = int(per_problem.argmax())
+    first, second = per_problem.argsort(descending=True, stable=True)[:2].tolist()
     rows = range(5 * first, 5 * first + 5)
     prompt = drawn.run.tokenizer.decode(drawn.sampled.prompts[rows[0]])
     assert f"written: {Path('analyses/tokens.html')}, {Path('analyses/tokens.svg')}" in told and prompt in told
+    largest = max(drawn.scores[5 * group : 5 * group + 5].max() for group in (first, second))  # of what is shown
     shades = [float(shade) for shade in re.findall(r"rgba\(255, 90, 60, (.*?)\)", text.split("<h2>")[1])]
-    assert max(shades) == pytest.approx((drawn.scores[rows].max() / drawn.scores.max()).item(), abs=0.006)
+    assert max(shades) == pytest.approx((drawn.scores[rows].max() / largest).item(), abs=0.006)
 
     picture = Path("analyses/tokens.svg").read_text()
     head, *words = (element.text for element in elements(picture, "text"))

@@ -1,24 +1,20 @@
-"""Pictures say what the figures say: values read back from the axes."""
+"""Pictures say what the figures say: values read back from the axes, and colours that can be told apart."""
+
+import itertools
+import math
 
 import matplotlib
+import numpy as np
 import pytest
+import yaml
 
+import reproduce
 from support import plots
 
 matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402
+from matplotlib import colors, pyplot  # noqa: E402
 
-
-def line(section, row, seed, accuracy, breadth, strength=None):
-    metrics = {"acc@2": accuracy, "pass@1": accuracy, "pass@2": breadth}
-    base = metrics | {"pass@1": 0.1, "pass@2": 0.2}
-    figures = {"training": {"selection/fraction": strength or 0.0}, "base": {"a": base, "b": base},
-               "trained": {"a": metrics, "b": metrics}}
-    return {"section": section, "row": row, "strength": strength, "seed": seed, "figures": figures}
-
-
-LINES = [line(section, row, seed, x + seed / 100, 2 * x, strength) for section in ("RLVR", "RLIF") for seed in (0, 1, 2)
-         for row, strength, x in (("base", None, 0.1), ("A", 0.1, 0.2), ("A", 0.3, 0.3))]
+T_2 = 4.302653  # Student's t, 97.5 %, 2 degrees of freedom
 
 
 @pytest.fixture(autouse=True)
@@ -27,37 +23,154 @@ def closed():
     pyplot.close("all")
 
 
+def edges(band) -> dict[float, tuple[float, float]]:
+    """{x: (low, high)} of a band."""
+    corners = band.get_paths()[0].vertices
+    return {x: (corners[corners[:, 0] == x, 1].min(), corners[corners[:, 0] == x, 1].max()) for x in set(corners[:, 0])}
+
+
+def words_of(figure) -> str:
+    return " ".join(text.get_text() for text in figure.findobj(matplotlib.text.Text))
+
+
+# ---------------------------------------------------------------- colours
+
+
+def test_one_colour_a_method_and_none_twice():
+    assert plots.colours(["SCOPE", "GRPO"]) == [plots.COLOURS["SCOPE"], plots.COLOURS["GRPO"]]
+    names = ["?", "SCOPE", "scope", "base model", "another"]
+    found = plots.colours(names)
+    assert found[1] == plots.COLOURS["SCOPE"] and found[3] == plots.COLOURS["base model"] and len(set(found)) == 5
+    assert len(plots.colours(["?"] * 99)) == 99  # more than there are
+
+
+def lab(rgb: np.ndarray) -> np.ndarray:
+    """Linear sRGB to CIE Lab, in which distances are differences that one sees."""
+    xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]) @ rgb
+    x, y, z = (np.cbrt(t) if t > 0.008856 else 7.787 * t + 16 / 116 for t in xyz / [0.9505, 1, 1.089])
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+SIGHT = {  # Machado, Oliveira and Fernandes 2009, severity 1
+    "usual": np.eye(3),
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]],
+}
+
+
+@pytest.mark.parametrize("sight", SIGHT)
+def test_colours_of_a_picture_can_be_told_apart(sight):
+    """Also by the colour-blind, for every row of every experiment; 2.3 is a difference that is just seen."""
+    def seen(colour):
+        rgb = np.array(colors.to_rgb(colour))
+        return lab(np.clip(SIGHT[sight] @ np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4), 0, 1))
+
+    lambdas = {"RLVR": "selection.kl_coef=0.03", "RLIF": "selection.kl_coef=0.3"}
+    for experiment in reproduce.EXPERIMENTS.values():
+        for rows in experiment.rows(lambdas).values():
+            names = {row.label.removesuffix(" + SCOPE") for row in rows}
+            assert names <= plots.COLOURS.keys()
+            for one, other in itertools.combinations(names, 2):
+                assert np.linalg.norm(seen(plots.COLOURS[one]) - seen(plots.COLOURS[other])) > 10, (one, other)
+
+
+def test_method_of_a_run(tmp_path):
+    """By what it was trained with; a name in COLOURS, the same for a run and the model in it."""
+    for words, name in (({}, "grpo"), ({"selection": {"strategy": "none"}}, "grpo"),
+                        ({"selection": {"strategy": "uniform"}, "reward": {"kind": "self_certainty"}}, "uniform"),
+                        ({"selection": {"strategy": "none"}, "reward": {"kind": "token_entropy"}}, "token_entropy"),
+                        ({"objective": "kl_cov", "selection": {"strategy": "none"}}, "kl_cov")):
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(words | {"steps": 3}))
+        assert plots.method_of(str(tmp_path)) == plots.method_of(f"{tmp_path}/model") == name
+    assert plots.method_of("owner/name") == "base model" and "base model" in plots.COLOURS
+
+
+# ---------------------------------------------------------------- Pass@k of models
+
+
 def test_pass_at_k_bands_are_95_percent():
-    report = {"auto": {"m": {"pass@1": (0.5, 0.1), "pass@2": (0.7, 0.05)}}}
-    (axis,) = plots.pass_at_k(pyplot, report).axes
+    report = {"auto": {"m": {"pass@1": (0.5, 0.1), "pass@2": (0.7, 0.05), "majority@2": (0.1, 0.1)}}}
+    figure = plots.pass_at_k(pyplot, report, {"auto": "5 problems x 2 samples"})
+    (axis,) = figure.axes
     (curve,), (band,) = axis.lines, axis.collections
     assert curve.get_xydata().tolist() == [[1, 0.5], [2, 0.7]]
-    corners = {(x, round(y, 6)) for x, y in band.get_paths()[0].vertices.tolist()}
-    assert {(1, 0.304), (1, 0.696), (2, 0.602), (2, 0.798)} <= corners  # 0.5 ± 0.196, 0.7 ± 0.098
+    assert edges(band) == {1: pytest.approx((0.304, 0.696)), 2: pytest.approx((0.602, 0.798))}
+    assert axis.get_title() == "held-out Countdown\n5 problems x 2 samples" and "95 %" in words_of(figure)
 
 
-def test_bars_and_dots():
-    axes = plots.bars(pyplot, LINES).axes
-    assert [axis.get_title() for axis in axes] == ["RLVR", "RLIF"]
-    heights = [round(bar.get_height(), 6) for bar in axes[0].patches]
-    assert heights == [0.11, 0.11, 0.21, 0.21, 0.31, 0.31]  # means over seeds, of each row on each benchmark
-    dots = axes[0].lines[0].get_ydata().tolist()
-    assert dots == pytest.approx([0.1, 0.11, 0.12])
+def test_pass_at_k_and_the_differences_from_the_first():
+    own = {"pass@1": (0.5, 0.1), "pass@2": (0.7, None)}
+    gaps = {"pass@1": [0.1, -0.05, 0.2], "pass@2": [0.2, 0.1, 0.4], "entropy": [1.0, 0.5, 2.0]}
+    report = {file: {"first": own, "runs/second/model": own | {"differences": gaps}} for file in ("a.jsonl", "b.jsonl")}
+    figure = plots.pass_at_k(pyplot, report, {"a.jsonl": "", "b.jsonl": ""})
+    above, _, below, _ = figure.axes
+    (gap, zero), (band,) = below.lines, below.collections
+    assert gap.get_xydata().tolist() == [[1, 0.1], [2, 0.2]] and zero.get_ydata()[0] == 0
+    assert edges(band) == {1: (-0.05, 0.2), 2: (0.1, 0.4)}
+    assert gap.get_color() == above.lines[1].get_color() != above.lines[0].get_color() == zero.get_color()
+    assert above.get_title().startswith("a.jsonl") and "difference from first" in words_of(figure)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["first", "second"]
 
 
-def test_frontier_goes_through_the_strengths():
-    axis = plots.frontier(pyplot, LINES).axes[1]
-    curves = {curve.get_label(): curve.get_xydata().round(6).tolist() for curve in axis.lines}
-    assert curves == {"base": [[0.11, 0.2]], "A": [[0.21, 0.4], [0.31, 0.6]]}
+# ---------------------------------------------------------------- training curves
 
 
-def test_over_strength_begins_at_the_baseline():
-    axis = plots.over_strength(pyplot, LINES).axes[0]
-    assert axis.lines[0].get_xydata().round(6).tolist() == [[0, 0.11], [10, 0.21], [30, 0.31]]
+def run(folder, strategy: str, seed: int, values: list[float], heldout: float):
+    """A run's folder, and its rows as read_metrics returns them."""
+    folder.mkdir()
+    keys = {"name": folder.name, "seed": seed, "selection": {"strategy": strategy}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(keys))
+    rows = [{"step": step, "entropy": value} for step, value in enumerate(values, start=1)]
+    held = [{"step": step, "eval/pass@1": heldout, "eval/pass@1_stderr": 0.01} for step in (0, len(values))]
+    return str(folder), [held[0], *rows, held[1]]
 
 
-def test_pass_at_k_over_seeds_and_its_difference():
-    above, _, below, _ = plots.pass_at_k_over_seeds(pyplot, LINES).axes
-    assert [curve.get_label() for curve in above.lines] == ["base model", "base", "A, 0.1", "A, 0.3"]
-    assert above.lines[0].get_ydata() == pytest.approx([0.1, 0.2])
-    assert below.lines[0].get_ydata() == pytest.approx([0.1, 0.2])  # the second row less the first, seed by seed
+def panel(figure, title: str):
+    (axis,) = [axis for axis in figure.axes if axis.get_title() == title]
+    return axis
+
+
+def test_running_mean_makes_nothing_up():
+    assert plots.running_mean([3.0, 0.0, 0.0, 6.0], 1) == [1, 2]
+    assert plots.running_mean([3.0, 1.0], 0) == [3, 1]
+
+
+def test_curves_of_a_run(tmp_path):
+    """Every step, thin; the mean of 11 where there are 11; held-out points with 1.96 standard errors."""
+    values = [math.exp(-step / 9) for step in range(30)]
+    runs = dict([run(tmp_path / "one", "none", 0, values, 0.4), run(tmp_path / "two", "scope", 0, values[:8], 0.5)])
+    figure = plots.training_curves(pyplot, runs)
+    smooth, every, short, _ = panel(figure, "entropy (nats)").lines
+    assert every.get_ydata() == pytest.approx(values) and every.get_xdata().tolist() == list(range(1, 31))
+    assert smooth.get_xdata().tolist() == list(range(6, 26))
+    assert smooth.get_ydata() == pytest.approx([np.mean(values[i - 5 : i + 6]) for i in range(5, 25)])
+    assert short.get_xydata().tolist() == [[step, value] for step, value in enumerate(values[:8], start=1)]
+    bars = panel(figure, "held-out Pass@1").collections[0].get_segments()
+    assert [tuple(bar[:, 1]) for bar in bars] == [pytest.approx((0.3804, 0.4196))] * 2
+    assert [bar[0, 0] for bar in bars] == [0, 30]
+    assert every.get_color() == plots.COLOURS["GRPO"] and short.get_color() == plots.COLOURS["SCOPE"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == list(runs)
+    assert not panel(figure, "completion length (tokens)").lines
+
+
+def test_seeds_are_one_line_and_a_band(tmp_path):
+    """The mean over seeds and its t-interval, at the steps that all have; another setting is another line."""
+    runs = dict([run(tmp_path / f"seed{seed}", "scope", seed, [1.0 + seed, 2.0, 4.0 * seed][: 3 - (seed == 2)], h)
+                 for seed, h in ((0, 0.1), (1, 0.2), (2, 0.6))] + [run(tmp_path / "other", "none", 0, [1.0, 1.5], 0.3)])
+    figure = plots.training_curves(pyplot, runs)
+    axis = panel(figure, "entropy (nats)")
+    mean, (band,) = axis.lines[0], axis.collections
+    half = T_2 * 1.0 / math.sqrt(3)  # of 1, 2, 3: standard deviation 1
+    assert mean.get_xydata().tolist() == [[1, 2], [2, 2]]
+    assert edges(band) == {1: pytest.approx((2 - half, 2 + half)), 2: pytest.approx((2, 2))}
+    assert axis.get_ylim()[0] == 0  # where the band goes below
+    (low, high) = panel(figure, "held-out Pass@1").collections[0].get_segments()[0][:, 1]
+    assert (low, high) == pytest.approx([0.3 + sign * T_2 * np.std([0.1, 0.2, 0.6], ddof=1) / math.sqrt(3)
+                                         for sign in (-1, 1)])
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == ["selection.strategy=scope: 3 seeds", str(tmp_path / "other")] and "over seeds" in words_of(figure)
+    assert len({line.get_color() for line in axis.lines}) == 2
+
+
+def test_a_run_without_config_stands_alone(tmp_path):
+    assert plots.by_seed(["a", "b"]) == {"a": ["a"], "b": ["b"]}

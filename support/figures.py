@@ -1,0 +1,168 @@
+"""The pictures of reproduce.py, over seeds: `lines` are its runs, as in support/report.py; sections are panels."""
+
+from support import report
+from support.plots import COLOURS, GREY, caption, colours, curve, over_k
+from support.statistics import mean_interval
+
+TITLES = {"RLVR": "RLVR, with a verifier", "RLIF": "RLIF, without a verifier"}
+
+
+def panels(plot, lines: list[dict], rows: int = 1, stacked: bool = False, height: float = 4.0, **more):
+    """A panel a section, side by side or stacked, or a column of `rows` panels: the figure, and (panels, its rows)."""
+    sections = list(dict.fromkeys(line["section"] for line in lines))
+    shape = (len(sections), 1) if stacked else (rows, len(sections))
+    figure, axes = plot.subplots(*shape, figsize=(9 if len(sections) > 1 else 6.5, height * shape[0]), squeeze=False,
+                                 layout="constrained", **more)
+    found = axes if stacked else axes.T
+    for own, section in zip(found, sections):
+        own[0].set_title(TITLES.get(section, section))
+    return figure, [(own, report.by_row(lines, section)) for own, section in zip(found, sections)]
+
+
+def trained(metric: str, file: str) -> tuple[str, ...]:
+    return "trained", file, metric
+
+
+def benchmarks(lines: list[dict]) -> tuple[list[str], str]:
+    """The problem files, and the Pass@k of largest k."""
+    found = lines[0]["figures"]["trained"]
+    files = [file for file in found if file != "validation"]
+    return files, [metric for metric in found[files[0]] if metric.startswith("pass@")][-1]
+
+
+def data_of(lines: list[dict], file: str = "") -> str:
+    """What the problems are called on an axis."""
+    words = "held-out Countdown" if lines[0]["keys"]["data.file"] == "countdown" else "held-out problems"
+    return f"{words}, {file}" if file else words
+
+
+def intervals(lines: list[dict]) -> str:
+    return f"95 % interval over {len({line['seed'] for line in lines})} seeds (Student)"
+
+
+def over_seeds(runs: dict[int, dict], metric: str, file: str) -> tuple[list[float], float, float]:
+    """The values, a seed each, their mean and half its interval."""
+    values = [report.value(line, trained(metric, file)) for line in runs.values()]
+    return values, *mean_interval(values)
+
+
+def bars(plot, lines: list[dict]):
+    """Pass@1 on each benchmark: a bar a row, its mean over seeds, and a dot a seed (paper's Figure 2).
+
+    Where a row has a twin "+ SCOPE" both have its colour, pale without and full with.
+    """
+    files, _ = benchmarks(lines)
+    labels = {line["row"] for line in lines}
+    figure, found = panels(plot, lines, stacked=len(labels) > 4, height=3.4, sharey=True)
+    for (axis,), rows in found:
+        own = {name: colour for names in [list(dict.fromkeys(label.removesuffix(" + SCOPE") for label, _ in rows))]
+               for name, colour in zip(names, colours(names))}
+        width = 0.8 / len(rows)
+        for i, (row, runs) in enumerate(rows.items()):
+            colour = own[row[0].removesuffix(" + SCOPE")]
+            pale = f"{row[0]} + SCOPE" in labels
+            for j, file in enumerate(files):
+                values, mean, half = over_seeds(runs, "pass@1", file)
+                x = j + (i + 0.5) * width - 0.4
+                axis.bar(x, mean, 0.92 * width, color=(colour, 0.15 if pale else 0.8), edgecolor=colour,
+                         label=report.name_of(row) if j == 0 else None)
+                axis.errorbar(x, mean, half, color="k", elinewidth=1.2, capsize=2)
+                beside = [x + width * 0.6 * ((seed + 0.5) / len(values) - 0.5) for seed in range(len(values))]
+                axis.plot(beside, values, ".", color=GREY, markersize=3)
+        for j, file in enumerate(files):
+            axis.hlines(lines[0]["figures"]["base"][file]["pass@1"], j - 0.45, j + 0.45, colors="k", linestyles=":",
+                        label="base model" if j == 0 else None)
+        axis.set_xticks(range(len(files)), files)
+        axis.set_ylabel(f"Pass@1, {data_of(lines)}")
+        axis.set_ylim(bottom=0)  # an interval may go below
+        axis.grid(axis="x", visible=False)
+        axis.legend(ncols=1 if len(rows) < 5 else 2)
+    caption(figure, f"Bars: mean; whiskers: {intervals(lines)}; dots: the seeds")
+    return figure
+def over_strength(plot, lines: list[dict]):
+    """Pass@1 on the first benchmark over q, a line a form, with 95 % intervals over seeds (paper's Figure 1).
+
+    q is what was selected, the mean over the end of the runs: less than was asked for where too few tokens score.
+    """
+    files, _ = benchmarks(lines)
+    figure, found = panels(plot, lines, sharey=True)
+    for (axis,), rows in found:
+        zero = {row: runs for row, runs in rows.items() if row[1] is None}
+        forms = list(dict.fromkeys(label for label, strength in rows if strength is not None))
+        for form, colour in zip(forms, colours(forms)):
+            points = [*zero.values(), *(runs for (label, _), runs in rows.items() if label == form)]
+            shares = [mean_interval([100 * report.value(line, ("training", "selection/fraction"))
+                                     for line in runs.values()])[0] for runs in points]
+            _, means, halves = zip(*(over_seeds(runs, "pass@1", files[0]) for runs in points))
+            axis.errorbar(shares, means, halves, marker="o", markersize=4, capsize=3, color=colour, label=form)
+        axis.axhline(lines[0]["figures"]["base"][files[0]]["pass@1"], color=COLOURS["base model"], linestyle=":",
+                     label="base model")
+        axis.legend()
+        axis.set_xscale("symlog", linthresh=1)
+        axis.set_xticks([0, 1, 2, 5, 10, 20, 50, 100], ["0", "1", "2", "5", "10", "20", "50", "100"])
+        axis.set(xlim=(-0.3, 130), xlabel="q, % of tokens that pay", ylabel=f"Pass@1, {data_of(lines, files[0])}")
+    caption(figure, f"At 0 the method without a penalty. Bars: {intervals(lines)}")
+    return figure
+
+
+def frontier(plot, lines: list[dict]):
+    """Pass@1 against Pass@k of the largest k on the first benchmark: a line a row through its strengths."""
+    files, largest = benchmarks(lines)
+    base = lines[0]["figures"]["base"][files[0]]
+    many = len({line["row"] for line in lines}) > 4
+    figure, found = panels(plot, lines, height=4.6, stacked=many)
+    for (axis,), rows in found:
+        axis.plot(base["pass@1"], base[largest], "*", color=COLOURS["base model"], markersize=10, label="base model")
+        labels = list(dict.fromkeys(label for label, _ in rows))
+        for i, (label, colour) in enumerate(zip(labels, colours(labels))):
+            points = sorted((strength or 0.0, *over_seeds(runs, "pass@1", files[0])[1:],
+                             *over_seeds(runs, largest, files[0])[1:])
+                            for (name, strength), runs in rows.items() if name == label)
+            strengths, x, across, y, up = zip(*points)
+            axis.errorbar(x, y, up, across, color=colour, fmt="none", elinewidth=1, alpha=0.35)
+            axis.plot(x, y, marker="*" if len(points) == 1 else "osD^vP"[i % 6], color=colour, label=label,
+                      markersize=10 if len(points) == 1 else 5)
+            for j in {0, len(x) - 1} if many else range(len(x)):
+                if strengths[j]:
+                    axis.annotate(f"{strengths[j]:g}", (x[j], y[j]), fontsize=8, color=colour, xytext=(5, 5),
+                                  textcoords="offset points")
+        axis.set(xlabel=f"Pass@1, {data_of(lines, files[0])}", ylabel=largest.capitalize())
+        axis.legend(**{"loc": "center left", "bbox_to_anchor": (1, 0.5), "frameon": False} if many else {})
+    caption(figure, f"Numbers: λ. Bars: {intervals(lines)}")
+    return figure
+
+
+def pass_at_k_over_seeds(plot, lines: list[dict]):
+    """Pass@k of base and rows on the first benchmark, with 95 % intervals over seeds, and below the difference of the
+    second row from the first (paper's Figures 3 and 4)."""
+    files, _ = benchmarks(lines)
+    base = lines[0]["figures"]["base"][files[0]]
+    ks = [int(metric[5:]) for metric in base if metric.startswith("pass@")]
+    figure, found = panels(plot, lines, rows=2, height=3.3, sharex=True)
+    for (above, below), rows in found:
+        above.plot(ks, [base[f"pass@{k}"] for k in ks], color=COLOURS["base model"], linestyle="-.", label="base model")
+        values = {row: {k: {seed: report.value(line, trained(f"pass@{k}", files[0])) for seed, line in runs.items()}
+                        for k in ks} for row, runs in rows.items()}
+        own = colours([label for label, _ in rows])
+        for (row, of_k), colour in zip(values.items(), own):
+            over_seeds_at(above, ks, of_k, color=colour, label=report.name_of(row))
+        if len(values) > 1:
+            (first, one), (second, other) = list(values.items())[:2]
+            if both := one[1].keys() & other[1].keys():
+                gap = {k: {seed: other[k][seed] - one[k][seed] for seed in both} for k in ks}
+                over_seeds_at(below, ks, gap, color=own[1])
+                below.set_title(f"{report.name_of(second)} − {report.name_of(first)}, seed by seed")
+        over_k(above)
+        above.set_ylabel(f"Pass@k, {files[0]}")
+        above.legend()
+        below.axhline(0, color="k", linewidth=0.8)
+        below.set(xlabel="k", ylabel="difference in Pass@k")
+    caption(figure, f"On {data_of(lines, files[0])}. Bands: {intervals(lines)}")
+    return figure
+
+
+def over_seeds_at(axis, ks: list[int], of_k: dict[int, dict], **style) -> None:
+    """A line and its band from the values by k and seed."""
+    points = [mean_interval(list(of_k[k].values())) for k in ks]
+    low, high = ([mean + sign * half for mean, half in points] for sign in (-1, 1))
+    curve(axis, ks, [mean for mean, _ in points], low, high, **style)

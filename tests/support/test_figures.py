@@ -1,0 +1,107 @@
+"""Pictures over seeds: values read back from the axes."""
+
+import math
+
+import matplotlib
+import pytest
+
+from support import figures
+from support.plots import COLOURS
+
+matplotlib.use("Agg")
+from matplotlib import pyplot  # noqa: E402
+
+T_2 = 4.302653  # Student's t, 97.5 %, 2 degrees of freedom
+HALF = T_2 * 0.01 / math.sqrt(3)  # of three seeds that lie 0.01 apart
+
+
+def line(section, row, seed, accuracy, breadth, strength=None):
+    metrics = {"acc@2": accuracy, "pass@1": accuracy, "pass@2": breadth}
+    base = metrics | {"pass@1": 0.1, "pass@2": 0.2}
+    numbers = {"training": {"selection/fraction": strength or 0.0}, "base": {"a": base, "b": base},
+               "trained": {"a": metrics, "b": metrics}}
+    return {"section": section, "row": row, "strength": strength, "seed": seed, "figures": numbers,
+            "keys": {"data.file": "countdown"}}
+
+
+def lines(*rows) -> list[dict]:
+    return [line(section, row, seed, x + seed / 100, 2 * x, strength) for section in ("RLVR", "RLIF")
+            for seed in (0, 1, 2) for row, strength, x in rows]
+
+
+LINES = lines(("GRPO", None, 0.1), ("SCOPE", 0.1, 0.2), ("SCOPE", 0.3, 0.3))
+
+
+@pytest.fixture(autouse=True)
+def closed():
+    yield
+    pyplot.close("all")
+
+
+def legend(axis) -> list[str]:
+    return [text.get_text() for text in axis.get_legend().get_texts()]
+
+
+def caption(figure) -> str:
+    return figure.get_supxlabel()
+
+
+def test_bars_dots_and_whiskers():
+    figure = figures.bars(pyplot, LINES)
+    axis, _ = figure.axes
+    assert [own.get_title() for own in figure.axes] == ["RLVR, with a verifier", "RLIF, without a verifier"]
+    assert [bar.get_height() for bar in axis.patches] == pytest.approx([0.11, 0.11, 0.21, 0.21, 0.31, 0.31])
+    dots = [own for own in axis.lines if own.get_marker() == "."]
+    assert len(dots) == 6 and sorted(dots[0].get_ydata()) == pytest.approx([0.1, 0.11, 0.12])
+    left, right = axis.patches[0].get_x(), axis.patches[0].get_x() + axis.patches[0].get_width()
+    assert all(left < x < right for x in dots[0].get_xdata())
+    whisker = axis.containers[1].lines[2][0].get_segments()[0][:, 1]
+    assert whisker == pytest.approx((0.11 - HALF, 0.11 + HALF))
+    assert "3 seeds" in caption(figure) and "95 %" in caption(figure) and axis.get_ylabel().endswith("Countdown")
+
+
+def test_a_twin_with_scope_has_the_colour_in_full():
+    rows = (("Div", None, 0.1), ("Div + SCOPE", None, 0.2), ("KL-Cov", None, 0.3), ("KL-Cov + SCOPE", None, 0.2))
+    axis = figures.bars(pyplot, lines(*rows)).axes[0]
+    faces = [bar.get_facecolor() for bar in axis.patches[::2]]
+    assert [face[:3] for face in faces] == [matplotlib.colors.to_rgb(COLOURS[name])
+                                            for name in ("Div", "Div", "KL-Cov", "KL-Cov")]
+    assert faces[0][3] < 0.3 < 0.7 < faces[1][3] and faces[2][3] < 0.3 < 0.7 < faces[3][3]
+
+
+def test_frontier_goes_through_the_strengths():
+    figure = figures.frontier(pyplot, LINES)
+    axis = figure.axes[1]
+    curves = {own.get_label(): own.get_xydata().round(6).tolist() for own in axis.lines if own.get_label()[0] != "_"}
+    assert curves == {"base model": [[0.1, 0.2]], "GRPO": [[0.11, 0.2]], "SCOPE": [[0.21, 0.4], [0.31, 0.6]]}
+    assert [text.get_text() for text in axis.texts] == ["0.1", "0.3"]
+    across = axis.collections[0].get_segments()[0][:, 0]
+    assert across == pytest.approx((0.11 - HALF, 0.11 + HALF)) and "95 %" in caption(figure)
+
+
+def test_over_strength_begins_at_the_baseline():
+    axis = figures.over_strength(pyplot, LINES).axes[0]
+    assert axis.lines[0].get_xydata().round(6).tolist() == [[0, 0.11], [10, 0.21], [30, 0.31]]
+    assert set(legend(axis)) == {"base model", "SCOPE"}
+
+
+def test_pass_at_k_over_seeds_and_its_difference():
+    figure = figures.pass_at_k_over_seeds(pyplot, LINES)
+    above, _, below, _ = figure.axes
+    assert [own.get_label() for own in above.lines] == ["base model", "GRPO", "SCOPE, 0.1", "SCOPE, 0.3"]
+    assert above.lines[0].get_ydata() == pytest.approx([0.1, 0.2])
+    assert below.lines[0].get_ydata() == pytest.approx([0.1, 0.2])  # the second row less the first, seed by seed
+    band = above.collections[0].get_paths()[0].vertices
+    at_1 = band[band[:, 0] == 1, 1]
+    assert (at_1.min(), at_1.max()) == pytest.approx((0.11 - HALF, 0.11 + HALF))
+    assert below.get_title() == "SCOPE, 0.1 − GRPO, seed by seed" and "95 %" in caption(figure)
+
+
+@pytest.mark.parametrize("draw", [figures.bars, figures.frontier, figures.pass_at_k_over_seeds])
+def test_the_same_colour_everywhere(draw):
+    """Of each method that is in a legend, on every panel of every picture."""
+    for axis in draw(pyplot, lines(("GRPO", None, 0.1), ("SCOPE", None, 0.2), ("Uniform", None, 0.3))).axes:
+        for handle, label in zip(*axis.get_legend_handles_labels()):
+            colour = handle[0].get_facecolor() if hasattr(handle, "patches") else handle.get_color()
+            if label != "base model" or draw is not figures.bars:  # there it is a dotted line
+                assert matplotlib.colors.to_rgb(colour) == matplotlib.colors.to_rgb(COLOURS[label]), label
