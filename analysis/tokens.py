@@ -108,7 +108,7 @@ span { padding: 2px 5px; border-radius: 3px; border: 2px solid transparent; curs
 .selected { border-color: #b00020; font-weight: bold }
 span:focus::after { content: attr(title); position: fixed; inset: auto 0 0 0; padding: 0.6em 1em; background: #222;
   color: #fff; font-weight: normal; line-height: 1.5 }
-@media (max-width: 45em) { body { font-size: 14px } div .label { display: block; line-height: 1.5 } }"""
+@media (max-width: 45em) { body { font-size: 14px } .label { display: block; line-height: 1.5 } }"""
 
 
 def html_page(title: str, table: str, groups: list[tuple[str, list[tuple[str, list[View]]]]], largest: float,

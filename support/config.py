@@ -217,7 +217,7 @@ def evaluation_keys(arguments: list[str]) -> dict:
         require(file != "auto" or defaults["data.file"] == "countdown",
                 f"recipe={keys['recipe']} evaluates on a share of its training file: give data=FILE")
     ks(keys["k"], keys["samples"])
-    require(keys["out"] not in ("", ".", "..") and Path(keys["out"]).name == keys["out"],
+    require(keys["plot"] or (keys["out"] not in ("", ".", "..") and Path(keys["out"]).name == keys["out"]),
             f"out={keys['out']}: give one plain name; the results go to evaluations/<out>.json")
     return keys
 

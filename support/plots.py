@@ -112,7 +112,8 @@ def pass_at_k(plot, report: dict, sizes: dict[str, str]):
             if gaps := metrics.get("differences"):
                 curve(axes[1, column], ks, *zip(*[gaps[f"pass@{k}"] for k in ks]), color=own[name])
         over_k(above)
-        above.set(title=f"{'held-out Countdown' if file == 'auto' else file}\n{sizes.get(file, '')}", ylabel="Pass@k")
+        title = "held-out Countdown" if file == "auto" else Path(file).name
+        above.set(title=f"{title}\n{sizes.get(file, '')}", ylabel="Pass@k")
         if several:
             axes[1, column].axhline(0, color=own[names[0]], linewidth=1)
             axes[1, column].set_ylabel("difference in Pass@k")
