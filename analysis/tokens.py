@@ -100,7 +100,7 @@ pre { line-height: 1.35; overflow-x: auto } summary { cursor: pointer; margin-to
 div { border-top: 1px solid #ddd; padding: 0.2em 0; line-height: 2.1 }
 p.wrote { border-top: 1px solid #ddd; margin: 0; padding: 0.4em 0; white-space: pre-wrap; overflow-wrap: anywhere;
   max-height: 15em; overflow-y: auto }
-p.wrote .label { min-width: 20ch }
+p.wrote .label { min-width: 20ch; margin-right: 1ch }
 .label { color: #57606a; display: inline-block; min-width: 10em }
 .bar { display: inline-block; width: 6em; height: 1em; vertical-align: -0.15em; border-radius: 3px;
   background: linear-gradient(90deg, rgba(255, 90, 60, 0), rgb(255, 90, 60)) }
@@ -128,7 +128,7 @@ def html_page(title: str, table: str, groups: list[tuple[str, list[tuple[str, li
             parts.append(f"<div><i class=label>{html.escape(label)}</i>{words}</div>")
     if samples:
         parts.append(f"<details><summary>What it wrote while it was trained: {len(samples)} completions</summary>")
-        parts += [f"<p class=wrote><i class=label>step {row['step']}, reward {row['reward']:.3g}</i> "
+        parts += [f"<p class=wrote><i class=label>step {row['step']}, reward {row['reward']:.3g}</i>"
                   f"<b>{html.escape(row['prompt'])}</b> {html.escape(row['completion'])}</p>" for row in samples]
         parts.append("</details>")
     return "\n".join(parts) + "\n"
