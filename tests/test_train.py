@@ -295,6 +295,9 @@ def a_real_run_writes_everything(real_runs):
                 "time/update"}
     assert expected <= rows[1].keys() and all(np.isfinite(value) for row in rows for value in row.values())
     assert {"eval/acc@4", "eval/pass@1", "eval/pass@4", "eval/entropy", "eval/d_collapse"} <= rows[-1].keys()
+    table = json.loads((folder / "evaluation.json").read_text())["auto"]
+    for row, who in ((rows[0], "base"), (rows[-1], "trained")):
+        assert [row["eval/pass@1"], row["eval/pass@1_stderr"]] == table[who]["pass@1"]
     samples = read(folder / "samples.jsonl")
     assert [sample["step"] for sample in samples] == [1, 1, 2, 2]
     assert samples[0].keys() == {"step", "prompt", "completion", "reward"}
