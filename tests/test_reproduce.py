@@ -15,8 +15,8 @@ from helpers import ROOT, SMALL
 
 import reproduce
 import train
+from support import checks, processes, report
 from support import config as configs
-from support import processes, report
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
@@ -94,7 +94,7 @@ def test_bad_words_are_told_at_once(tmp_path, monkeypatch):
             ("figure2", ["reward=token_entropy"], "reward=token_entropy: the rows of figure2 set it"),
             ("table2", ["objective=div"], "objective=div"), ("figure2", ["name=x"], "name=x")):
         with pytest.raises(configs.UserError, match=re.escape(message)), monkeypatch.context() as patch:
-            patch.setattr(configs, "check_file", lambda key, file: None)
+            patch.setattr(checks, "check_file", lambda *arguments: None)
             reproduce.main(what, words, SETTINGS)
     assert not list(tmp_path.iterdir())
     with processes.only_one(tmp_path / "runs" / "reproduce.lock"):
