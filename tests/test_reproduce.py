@@ -98,7 +98,7 @@ def test_bad_words_are_told_at_once(tmp_path, monkeypatch):
             reproduce.main(what, words, SETTINGS)
     assert not list(tmp_path.iterdir())
     with processes.only_one(tmp_path / "runs" / "reproduce.lock"):
-        with pytest.raises(configs.UserError, match="another command is at work"):
+        with pytest.raises(configs.UserError, match="runs is in use by process"):
             reproduce.main("figure2", [], SETTINGS)
     shutil.rmtree(tmp_path / "runs")
     command = [sys.executable, ROOT / "reproduce.py", "figure2", "seeds=x"]
