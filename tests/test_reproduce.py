@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -100,7 +99,6 @@ def test_bad_words_are_told_at_once(tmp_path, monkeypatch):
     with processes.only_one(tmp_path / "runs" / "reproduce.lock"):
         with pytest.raises(configs.UserError, match="runs is in use by process"):
             reproduce.main("figure2", [], SETTINGS)
-    shutil.rmtree(tmp_path / "runs")
     command = [sys.executable, ROOT / "reproduce.py", "figure2", "seeds=x"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert result.returncode == 2 and "seeds=x" in result.stderr and len(result.stderr.splitlines()) == 1
