@@ -29,6 +29,8 @@ def run_folder(config, keys: dict) -> Path:
     """
     folder = Path("runs") / (config.name if config.name != "auto" else auto_name(keys))
     stored = folder / "config.yaml"
+    if config.resume == "auto":
+        config.resume = keys["resume"] = stored.is_file()
     if config.resume:
         configs.require(stored.is_file(), f"resume=true: {folder} holds no run; leave resume out to start one")
         old = configs.flatten(configs.read_yaml(stored.read_text()))

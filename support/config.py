@@ -126,7 +126,8 @@ def typed(key: str, value, default, shown: str):
         value = int(value)  # 1e3
     if value is None and type(default) is str:
         value = ""
-    require(type(value) is type(default), f"{key}={shown}: needs {NAMES[type(default)]}; write it like {default!r}")
+    needed = " or ".join([NAMES[type(default)], *(words := WORDS.get(key, []))])
+    require(type(value) is type(default) or value in words, f"{key}={shown}: needs {needed}; write it like {default!r}")
     return value
 
 
@@ -150,6 +151,7 @@ def recipe_keys(arguments: list[str], known: dict) -> dict:
         raise UserError(f"recipe={file}: {error}") from None
 
 
+WORDS = {"resume": ["auto"]}  # that a key takes besides values of its default's type
 NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
@@ -188,12 +190,20 @@ def training_keys(arguments: list[str]) -> dict:
 
 
 def stored_keys(arguments: list[str], known: dict) -> dict:
-    """With resume=true name=NAME: that run's own settings; none where there is no such run."""
+    """With resume=true or auto, name=NAME: that run's own settings; none where there is no such run."""
     names = [word.removeprefix("name=") for word in arguments if word.startswith("name=")]
     stored = Path("runs") / (names or [""])[-1] / "config.yaml"
-    if "resume=true" not in arguments or not names or not stored.is_file():
+    if not {"resume=true", "resume=auto"} & set(arguments) or not names or not stored.is_file():
         return {}
-    return {key: value for key, value in flatten(read_yaml(stored.read_text())).items() if key in known}
+    return {key: value for key, value in read_stored(stored).items() if key in known}
+
+
+def read_stored(file: Path) -> dict:
+    """The flat keys of a run's config.yaml."""
+    try:
+        return flatten(read_yaml(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, AttributeError, yaml.YAMLError):  # AttributeError: no keys in it
+        raise UserError(f"{file} is damaged: it holds no settings; put it back, or delete the run") from None
 
 
 def evaluation_keys(arguments: list[str]) -> dict:
@@ -227,7 +237,7 @@ def trained_otherwise(model: str, prompt: dict) -> list[str]:
     stored = Path(model).parent / "config.yaml"
     if not stored.is_file():
         return []
-    keys = flatten(read_yaml(stored.read_text()))
+    keys = read_stored(stored)
     return [f"{model} was trained with prompt.{name}={keys[f'prompt.{name}']} and is asked otherwise here: "
             f"recipe={stored} brings its prompts" for name in prompt
             if keys.get(f"prompt.{name}", prompt[name]) != prompt[name]]

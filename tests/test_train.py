@@ -183,12 +183,14 @@ def test_the_schedule_the_samples_and_the_base_reach_the_run(in_tmp, monkeypatch
 
 
 def test_resume_before_the_first_save_starts_anew(in_tmp, monkeypatch):
+    """And resume=auto starts where there is no run, and goes on where there is one."""
     with monkeypatch.context() as patch:
         patch.setattr(train.evaluate, "evaluate", lambda *args, **kw: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            train.main(configs.training_keys([*SMALL, "name=early", "steps=1"]))
-    train.main(configs.training_keys([*SMALL, "name=early", "steps=1", "resume=true"]))
+            train.main(configs.training_keys([*SMALL, "name=early", "steps=1", "resume=auto"]))
+    train.main(configs.training_keys([*SMALL, "name=early", "steps=1", "resume=auto"]))
     assert [row["step"] for row in metrics_of("early")] == [0, 1, 1]
+    assert configs.read_stored(Path("runs/early/config.yaml"))["resume"] is False
 
 
 def test_metrics_and_samples_go_to_trackers_and_on_under_one_id(in_tmp, monkeypatch):

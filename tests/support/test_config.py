@@ -52,7 +52,7 @@ BAD = {
     "null for a number": (["steps=null"], ["steps=null", "whole number"]),
     "text for a number": (["steps=many"], ["steps=many", "whole number"]),
     "float for a whole number": (["steps=1.5"], ["steps=1.5", "whole number"]),
-    "number for a truth value": (["resume=1"], ["resume=1", "true or false"]),
+    "number for a truth value": (["resume=1"], ["resume=1", "true or false or auto"]),
     "truth value for a number": (["steps=true"], ["steps=true", "whole number"]),
     "not YAML": (["steps={"], ["steps={", "whole number"]),
     "q above 1": (["selection.fraction=5.0"], ["selection.fraction=5.0", "at most 1"]),
