@@ -39,8 +39,9 @@ from tqdm import tqdm
 
 import data
 import toy
-from support import checkpoint, figures, plots, processes, report
+from support import figures, plots, processes, report
 from support.files import replace_text
+from support.runs import MAY_DIFFER
 
 # ---------------------------------------------------------------- what the paper's names stand for
 
@@ -172,7 +173,7 @@ def lambdas_of(settings: dict) -> dict[str, str]:
 
 def training_of(words: list[str]) -> dict:
     """The keys that decide what a run computes."""
-    return {k: v for k, v in sorted(configs.training_keys(words).items()) if k not in checkpoint.MAY_DIFFER}
+    return {k: v for k, v in sorted(configs.training_keys(words).items()) if k not in MAY_DIFFER}
 
 
 def label_of(keys: dict) -> str:
@@ -189,9 +190,7 @@ def name_of(keys: dict) -> str:
 def start(run: dict, slot: int, slots: int, settings: dict) -> subprocess.Popen:
     """One run of train.py, from its last save if it has one; its output goes to runs/NAME.log."""
     folder = Path("runs") / run["name"]
-    if not (folder / "config.yaml").is_file():
-        shutil.rmtree(folder, ignore_errors=True)  # killed before it began
-    words = [*run["words"], f"name={run['name']}", f"resume={str((folder / 'config.yaml').is_file()).lower()}"]
+    words = [*run["words"], f"name={run['name']}", "resume=auto"]
     ranks, gpus = settings["ranks"], torch.cuda.device_count()
     program = [sys.executable, str(Path(__file__).with_name("train.py"))]
     if ranks > 1:
@@ -235,9 +234,9 @@ def perform(name: str, words: list[str], settings: dict) -> list[dict]:
             configs.require(status == 0, f"a run failed: see runs/{run['name']}.log; then give the same command again")
             folder = Path("runs") / run["name"]
             known[run["run"]] = {"figures": report.figures_of(folder), "keys": run["keys"], **processes.versions()}
+            for large in ("checkpoints", "model"):  # nobody asks for the weights again
+                shutil.rmtree(folder / large, ignore_errors=True)
             write_lines(out, runs, known, others)
-            for large in ("checkpoint", "model"):  # nobody asks for the weights again
-                shutil.rmtree(folder / large)
             bar.update()
             if bar.disable:  # into a file: a line a run
                 print(f"{name}: {count} of {len(missing)} runs, {run['section']} {run['row']} seed {run['seed']}",

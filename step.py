@@ -44,6 +44,7 @@ class Run:
     reference: torch.nn.Module | None = None  # pi_ref, the initial model, frozen; None: not needed
     loss: torch.nn.Module | None = None  # MicroBatchLoss, under DDP with torchrun
     optimizer: torch.optim.Optimizer | None = None
+    inputs: dict[str, str] | None = None  # fingerprints of what it began with, for checkpoint.py
 
 
 def set_up(config, problems: list[dict], world, *, weights: bool = True, training: bool = True) -> Run:

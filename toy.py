@@ -7,9 +7,7 @@ diversity for it to lose. Saved as an ordinary HF folder and reused until its re
 
 import json
 import math
-import os
 import random
-import shutil
 import time
 import zlib
 from pathlib import Path
@@ -21,7 +19,9 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, SeedOssConfig, SeedOssForCausalLM
 
 from data import fill, is_heldout, random_chain
-from support import distributed, models
+from support import distributed, models, processes
+from support.config import UserError, print_notes
+from support.files import replace_folder
 
 SYMBOLS = ["<pad>", "<eos>", "+", "-", "*", "/", "=", ",", "->", ":"]
 
@@ -74,24 +74,32 @@ def make_recipe(*, prompt: str, countdown: dict, toy: dict) -> str:
 
 
 def base_model(folder: Path, *, prompt: str, countdown: dict, toy: dict) -> Path:
-    """The base model made by these settings in `folder`: as it stands if it is there, else trained now.
+    """The base model made by these settings in `folder`: as it stands if it is there and whole, else trained now.
 
-    It is complete or absent: training ends in a temporary folder that is renamed, and recipe.json,
-    compared here, is written last.
+    By one process at a time: others wait for it, and then find it there.
     """
     recipe = make_recipe(prompt=prompt, countdown=countdown, toy=toy)
-    stored = folder / "recipe.json"
-    if stored.is_file() and stored.read_text() == recipe:
+    if is_there(folder, recipe):
         return folder
-    model, tokenizer = warm_start(prompt=prompt, countdown=countdown, **toy)
-    unfinished = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
-    model.save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
-    (unfinished / "recipe.json").write_text(recipe)
-    stored.unlink(missing_ok=True)  # first, so that a kill while deleting leaves no folder that looks whole
-    shutil.rmtree(folder, ignore_errors=True)
-    unfinished.rename(folder)
+    with processes.only_one(folder.with_name(f"{folder.name}.lock"), wait=True):
+        if not is_there(folder, recipe):
+            model, tokenizer = warm_start(prompt=prompt, countdown=countdown, **toy)
+            with replace_folder(folder) as unfinished:
+                model.save_pretrained(unfinished)
+                tokenizer.save_pretrained(unfinished)
+                (unfinished / "recipe.json").write_text(recipe)
     return folder
+
+
+def is_there(folder: Path, recipe: str) -> bool:
+    stored = folder / "recipe.json"
+    if not stored.is_file() or stored.read_bytes() != recipe.encode():
+        return False
+    try:
+        return bool(models.load(str(folder)))
+    except UserError as error:
+        print_notes([f"{error}: made again"])
+        return False
 
 
 def blank_model(config):

@@ -21,8 +21,6 @@ if __name__ == "__main__":  # before torch is imported: a typo is reported at on
 import json
 import math
 import os
-import time
-import zlib
 from functools import partial
 from pathlib import Path
 
@@ -36,22 +34,28 @@ import grpo
 import rollout
 import scope
 import step as steps
+from metrics import Stopwatch, mean_of, rollout_metrics, selection_metrics
 from rollout import Rollout
-from support import card, checkpoint, distributed, memory, models, processes
-from support.files import file_name, replace_folder, replace_text
+from support import card, checkpoint, distributed, memory, models, processes, runs
+from support.files import file_name, json_sum, replace_folder, replace_text
 
 
 def train(config, keys: dict, folder: Path, problems: list, heldout: dict[str, list], world) -> None:
     """The whole run: base evaluation, the steps, the trained evaluation, and everything under `folder`."""
     run = steps.set_up(config, problems, world)
-    for own in heldout.values():
-        models.check_lengths(run.policy.config, data.prompt_ids(run.tokenizer, own, config.prompt),
-                             config.max_new_tokens)
-    start = checkpoint.load(folder, run.policy, run.optimizer) if config.resume else 0
-    log = checkpoint.Log(folder, keys, start, active=world.is_main)
+    asked = {file: data.prompt_ids(run.tokenizer, own, config.prompt) for file, own in heldout.items()}
+    models.check_lengths(run.policy.config, sum(asked.values(), []), config.max_new_tokens)
+    run.inputs = {"model": models.digest(run.policy), "the training problems": json_sum(run.problems),
+                  "evaluation.data": json_sum(heldout), "the tokenizer": json_sum([asked, run.stop]),
+                  "precision": world.precision}
+    saved = checkpoint.newest(folder, run) if config.resume else None
+    start = checkpoint.step_of(saved) if saved else 0
+    log = runs.Log(folder, keys, start, active=world.is_main)
     log.print(introduction(folder, run))
-    if start == 0:
-        base = base_evaluations(run, heldout, folder)
+    base = base_evaluations(run, heldout, folder, resumed=start > 0)  # as long as the policy is the base model
+    if saved:
+        checkpoint.load(saved, run)
+    else:
         log.metrics({"step": 0} | evaluation_metrics(base))
     main_file = next(iter(heldout))
     updates = config.grpo.updates_per_rollout
@@ -105,7 +109,7 @@ def train(config, keys: dict, folder: Path, problems: list, heldout: dict[str, l
         if (step + 1) % config.log_every == 0 or step == 0:
             print_step(log, metrics, run, sampled, texts, rewards)
         if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
-            checkpoint.save(folder, step + 1, run.policy, run.tokenizer, run.optimizer)
+            checkpoint.save(folder, step + 1, run)
 
     trained = {file: evaluated(run, own, config.evaluation.samples, "evaluation of the trained model")
                for file, own in heldout.items()}
@@ -132,98 +136,45 @@ def set_rate(optimizer, rate: float) -> None:
         group["lr"] = rate
 
 
-# ---------------------------------------------------------------- 7 metrics and logs
-
-
-class Stopwatch:
-    """Seconds by what they were spent on, as the metrics time/NAME."""
-
-    def __init__(self):
-        self.last, self.times = time.perf_counter(), {}
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.times[f"time/{name}"] = self.times.get(f"time/{name}", 0.0) + now - self.last
-        self.last = now
-
-
-def rollout_metrics(sampled: Rollout, rewards: Tensor, correct: Tensor, advantages: Tensor, group_size: int) -> dict:
-    """Metrics of the step's rollouts, over all ranks; groups are whole on a rank."""
-    columns = [rewards, correct.float(), advantages, sampled.lengths.float(), sampled.stopped.float()]
-    rewards, correct, advantages, lengths, stopped = distributed.gather(torch.stack(columns, dim=1)).unbind(dim=1)
-    entropy = distributed.gather(sampled.entropy[sampled.mask])
-    groups = rewards.view(-1, group_size)
-    metrics = {
-        "reward/mean": rewards.mean(),
-        "reward/accuracy": correct.mean(),
-        "group/frac_zero_std": (groups.amax(dim=1) == groups.amin(dim=1)).float().mean(),
-        "advantage/min": advantages.min(),
-        "advantage/max": advantages.max(),
-        "length/mean": lengths.mean(),
-        "length/frac_truncated": 1 - stopped.mean(),
-        "entropy": entropy.mean(),
-        "tokens": len(entropy),
-    }
-    return {name: float(value) for name, value in metrics.items()}
-
-
-def selection_metrics(flat: dict[str, Tensor], config) -> dict[str, float]:
-    """Which tokens were taken, over all ranks."""
-    selected = flat["selected"]
-    scores = scope.redistribution_score(flat["logprobs"].exp(), flat["advantages"])
-    metrics = {
-        "selection/fraction": selected.float().mean(),
-        "selection/candidates": (scores > 0).float().mean(),
-        "objective/fraction": flat["marked"].float().mean(),
-    }
-    if scope.STRATEGIES[config.selection.strategy].share is None:
-        metrics["selection/shortfall"] = round(config.selection.fraction * len(selected)) - selected.sum()
-    if "branching" in flat:
-        metrics["selection/branching"] = flat["branching"].mean()  # tokens where a sibling goes another way
-    if selected.any():
-        metrics |= {
-            "selection/p": flat["logprobs"][selected].exp().mean(),
-            "selection/advantage": flat["advantages"][selected].mean(),
-            "selection/negative": (flat["advantages"][selected] < 0).float().mean(),
-            "selection/entropy": flat["entropy"][selected].mean(),
-        }
-    return {name: float(value) for name, value in metrics.items()}
-
-
-def mean_of(rows: list[dict[str, float]]) -> dict[str, float]:
-    """The mean of each metric over the updates of a step that have it."""
-    names = dict.fromkeys(name for row in rows for name in row)
-    values = {name: [row[name] for row in rows if name in row] for name in names}
-    return {name: sum(found) / len(found) for name, found in values.items()}
+# ---------------------------------------------------------------- 7 evaluations and logs
 
 
 def evaluated(run, heldout: list, samples: int, title: str) -> evaluate.Evaluation:
     return evaluate.evaluate(run.policy, run.tokenizer, heldout, run.world, run.config, samples=samples, title=title)
 
 
-def base_evaluations(run, heldout: dict[str, list], folder: Path) -> dict[str, evaluate.Evaluation]:
-    """Of the model before training, by file, also put into the run's folder.
+def base_evaluations(run, heldout: dict[str, list], folder: Path, *, resumed: bool) -> dict[str, evaluate.Evaluation]:
+    """Of the model before training, by file, also put into the run's folder; a resumed run has them there.
 
     They are drawn once for all runs of the same weights, problems and settings of sampling: runs/base-evaluations/.
     """
-    config, found = run.config, {}
-    settings = {"weights": models.digest(run.policy), "device": run.world.device.type,
+    config, main, found = run.config, run.world.is_main, {}
+    settings = {"weights": run.inputs["model"], "device": run.world.device.type,
                 "precision": run.world.precision, "grader": config.reward.grader, "samples": config.evaluation.samples,
                 "max_new_tokens": config.max_new_tokens, "temperature": config.temperature,
                 "seed": config.evaluation.seed}
     for file, problems in heldout.items():
         asked = [problems, data.prompt_ids(run.tokenizer, problems, config.prompt), run.stop]
-        label = zlib.crc32(json.dumps([settings, asked]).encode())
-        stored = Path("runs") / "base-evaluations" / f"{label:08x}.npz"
         own = folder / "base_evaluation" / f"{file_name(file)}.npz"
-        if not distributed.from_main(run.world.is_main and stored.is_file()):
+        stored = own if resumed else Path("runs") / "base-evaluations" / f"{json_sum([settings, asked])}.npz"
+        if not distributed.from_main(main and is_whole(stored)):
             found[file] = evaluated(run, problems, config.evaluation.samples, "evaluation of the base model")
-            if run.world.is_main:
+            if main:
                 found[file].save(stored)
-        if run.world.is_main:
+        if main:
             found[file] = evaluate.Evaluation.load(stored)
             found[file].save(own)
     return found
+
+
+def is_whole(stored: Path) -> bool:
+    try:
+        return bool(evaluate.Evaluation.load(stored))
+    except FileNotFoundError:
+        return False
+    except Exception:  # whatever numpy makes of a damaged file
+        configs.print_notes([f"{stored} is damaged: made again"])
+        return False
 
 
 def evaluation_metrics(trained: dict, base: dict | None = None) -> dict[str, float]:
@@ -282,7 +233,7 @@ def finish(folder: Path, log, run, trained: dict[str, evaluate.Evaluation]) -> N
         (unfinished / "README.md").write_text(card.model_card(log.keys, tables, described))
     replace_text(folder / "evaluation.json", json.dumps(report, indent=1) + "\n")
     log.print(f"\nwritten to {folder}/: config.yaml, metrics.jsonl (a line a step), samples.jsonl, evaluation.json, "
-              "checkpoint/ (for resume=true), model/")
+              "checkpoints/ (for resume=true), model/")
 
 
 # ---------------------------------------------------------------- the command
@@ -316,8 +267,8 @@ def dry_run(config, keys: dict, problems: list, heldout: dict[str, list]) -> Non
 def main(keys: dict) -> None:
     config = configs.namespace(configs.nest(keys))
     steps.check_methods(config)
-    folder = None if config.dry_run else checkpoint.run_folder(config, keys)
-    if folder and config.resume and checkpoint.is_finished(folder, config.steps):
+    folder = None if config.dry_run else runs.run_folder(config, keys)
+    if folder and config.resume and runs.is_finished(folder, config.steps):
         configs.print_notes([f"{folder} is finished: {config.steps} steps; evaluation.json has its table"])
         return
     problems, heldout, notes = data.problem_sets(config)

@@ -1,166 +1,192 @@
-"""A run's folder, runs/<name>/: its logs, its checkpoint, and what a killed run needs to go on."""
+"""A run's saves, runs/<name>/checkpoints/step-NNNNNN/: what a killed run goes on from.
+
+Each holds the weights (an HF folder), of every rank its share of the optimizer's state, and manifest.json: the step,
+fingerprints of what the run began with, versions, and size and checksum of every file. That one is written last: a
+save without it is not whole, and the one before is taken.
+"""
 
 import json
 import re
-import zlib
-from contextlib import nullcontext
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import yaml
-from tqdm import tqdm
 
-from support import config as configs
-from support import distributed, models
-from support.files import replace_folder, replace_text
-from support.trackers import trackers
+from support import distributed, models, processes, runs
+from support.config import UserError, print_notes, require
+from support.files import DiskError, checksum, json_sum, remove, sync, written
 
-# Keys that a resumed run may give anew: they change speed, memory or what is written, not the training.
-MAY_DIFFER = {"resume", "name", "recipe", "dry_run", "micro_batch_size", "micro_batch_tokens", "logits_chunk",
-              "offload", "fit_batches", "gradient_checkpointing", "rollout.batch_size", "rollout.segment", "log_every",
-              "save_every", "log.wandb", "log.tensorboard"}
+MANIFEST = "manifest.json"
 SHARD = "optimizer-{}.pt"  # of each rank
 
 
-def run_folder(config, keys: dict) -> Path:
-    """runs/<name>, refused if another run is in it, or if `resume` would go on with other settings.
-
-    More steps than before are the one exception, under a constant rate: the warm-up in config and keys is adapted.
-    """
-    folder = Path("runs") / (config.name if config.name != "auto" else auto_name(keys))
-    stored = folder / "config.yaml"
-    if config.resume == "auto":
-        config.resume = keys["resume"] = stored.is_file()
-    if config.resume:
-        configs.require(stored.is_file(), f"resume=true: {folder} holds no run; leave resume out to start one")
-        old = configs.flatten(configs.read_yaml(stored.read_text()))
-        other = [key for key in sorted(keys.keys() - MAY_DIFFER) if old.get(key) != keys[key]]
-        if "steps" in other and config.optimizer.schedule == "constant" and keys["steps"] > old["steps"]:
-            other.remove("steps")  # the warm-up keeps its steps
-            keys["optimizer.warmup"] = config.optimizer.warmup = old["optimizer.warmup"] * old["steps"] / keys["steps"]
-        configs.require(not other, f"resume=true: the run in {folder} has "
-                        + ", ".join(f"{key}={old.get(key)}, not {keys[key]}" for key in other)
-                        + "; leave these words out, or start a run of another name="
-                        + " (more steps need optimizer.schedule=constant)" * ("steps" in other))
-    else:
-        configs.require(not folder.exists() or not any(path.name != "lock" for path in folder.iterdir()),
-                        f"{folder} already holds a run: give another name=, resume=true to go on with it, "
-                        "or delete the folder")
-    return folder
+def name_of(step: int) -> str:
+    return f"step-{step:06d}"
 
 
-NAMED = ("model", "data.file", "reward.kind", "objective", "selection.strategy", "seed")  # in a name by value alone
+def step_of(saved: Path) -> int:
+    return int(saved.name.removeprefix("step-"))
 
 
-def auto_name(keys: dict) -> str:
-    """Data, selection, seed, and what else differs from config.yaml or the recipe: countdown-scope-seed0-steps50."""
-    usual = configs.read_defaults()
-    words = [Path(keys["model"]).name, "-".join(part for part in Path(keys["data.file"]).with_suffix("").parts[-2:]
-                                                if part.strip("/.")), keys["reward.kind"], keys["objective"]]
-    words = [word for word in words if word not in (usual["model"], usual["reward.kind"], usual["objective"])]
-    words += [keys["selection.strategy"], f"seed{keys['seed']}"]
-    if keys["recipe"]:
-        usual |= configs.recipe_keys([f"recipe={keys['recipe']}"], usual)
-    for key, value in keys.items():
-        if value != usual[key] and key not in MAY_DIFFER and key not in NAMED:
-            last = key.rpartition(".")[2]
-            others = [other for other in keys if other.rpartition(".")[2] == last and not other.startswith("toy.")]
-            words.append((last if others == [key] else key) + (f"{value:g}" if type(value) is float else str(value)))
-    name = re.sub(r"[^\w.+-]+", "_", "-".join(words))
-    return name if len(name) <= 100 else f"{name[:90]}-{zlib.crc32(name.encode()):08x}"
+def saves(folder: Path) -> list[Path]:
+    """Finished or damaged, the newest first."""
+    return sorted((path for path in (folder / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", path.name)),
+                  key=step_of, reverse=True)
 
 
-def is_finished(folder: Path, steps: int) -> bool:
-    """Whether the run has its last table, of so many steps."""
-    if not (folder / "evaluation.json").is_file():
-        return False
-    return configs.read_yaml((folder / "config.yaml").read_text())["steps"] == steps
+# ---------------------------------------------------------------- writing
 
 
-class Log:
-    """A run's config.yaml, metrics.jsonl and samples.jsonl (one JSON object a line), and what it prints.
+def save(folder: Path, step: int, run) -> None:
+    """Saves after so many steps, then deletes all but the newest `keep` saves."""
+    target, main = folder / "checkpoints" / name_of(step), distributed.rank() == 0
+    unfinished = target.with_name(f"{target.name}.tmp")
 
-    Lines after step `start` were written by a run that was killed before it saved that step: dropped,
-    and with them a final evaluation, which is done again.
-    """
+    def begin() -> None:
+        remove(unfinished)
+        unfinished.mkdir(parents=True)
 
-    def __init__(self, folder: Path, keys: dict, start: int, *, active: bool):
-        """`active`: this is the rank that writes and prints; on the others nothing happens."""
-        self.folder, self.keys, self.active, self.trackers = folder, keys, active, []
-        if not active:
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        stored = folder / "config.yaml"  # a resumed run keeps the one it has, unless it is to take more steps
-        if not stored.exists() or configs.read_yaml(stored.read_text())["steps"] < keys["steps"]:
-            (folder / "evaluation.json").unlink(missing_ok=True)
-            replace_text(stored, yaml.safe_dump(configs.nest(keys | {"resume": False}), sort_keys=False))
-        for path in (folder / "metrics.jsonl", folder / "samples.jsonl"):
-            lines = path.read_text().splitlines(keepends=True) if start and path.exists() else []
-            kept = [line for line in lines if line.endswith("\n") and self.stays(json.loads(line), start)]
-            replace_text(path, "".join(kept))
-        self.trackers = trackers(folder, keys, start)
+    def finish(marks: dict) -> None:
+        for log in folder.glob("*.jsonl"):  # a save holds its steps' lines
+            sync(log)
+        body = {"step": step, "ranks": distributed.size(), "inputs": run.inputs, "versions": processes.versions(),
+                "files": marks}
+        (unfinished / MANIFEST).write_text(json.dumps(body | {"own": json_sum(body)}, indent=1) + "\n")
+        sync(unfinished / MANIFEST)
+        sync(unfinished)
+        remove(target)  # a damaged one, passed over when this process began
+        unfinished.rename(target)
+        sync(target.parent)
 
-    def stays(self, row: dict, start: int) -> bool:
-        final = row["step"] == self.keys["steps"] and row.keys().isdisjoint({"loss", "completion"})
-        return row["step"] <= start and not final
-
-    def metrics(self, row: dict) -> None:
-        self._append("metrics.jsonl", row)
-        for tracker in self.trackers:
-            tracker.metrics(row)
-
-    def sample(self, step: int, prompt: str, completion: str, reward: float) -> None:
-        self.print(f"  {prompt} {completion}   [reward {reward:g}]")
-        row = {"step": step, "prompt": prompt, "completion": completion, "reward": reward}
-        self._append("samples.jsonl", row)
-        for tracker in self.trackers:
-            tracker.sample(row)
-
-    def close(self) -> None:
-        for tracker in self.trackers:
-            tracker.close()
-
-    def print(self, text: str) -> None:
-        if self.active:
-            tqdm.write(text)
-
-    def _append(self, name: str, row: dict) -> None:
-        if self.active:
-            with (self.folder / name).open("a") as file:
-                file.write(json.dumps(row) + "\n")
-
-
-def save(folder: Path, step: int, policy, tokenizer, optimizer) -> None:
-    """Weights (an HF folder) and step by rank 0, and of every rank its share of the optimizer's state."""
-    target, main = folder / "checkpoint", distributed.rank() == 0
-    with replace_folder(target) if main else nullcontext(target.with_name("checkpoint.tmp")) as unfinished:
-        distributed.barrier()  # the folder is there
+    try:
+        on_all_ranks(target, lambda: begin() if main else None)
+        marks = on_all_ranks(target, lambda: write_share(unfinished, step, run))
+        on_all_ranks(target, lambda: finish({k: v for part in marks for k, v in part.items()}) if main else None)
+    except DiskError:
         if main:
-            policy.save_pretrained(unfinished)
-            tokenizer.save_pretrained(unfinished)
-        shard = {"step": step, "ranks": distributed.size(), "optimizer": optimizer.shard()}
-        torch.save(shard, unfinished / SHARD.format(distributed.rank()))
-        distributed.barrier()  # and whole
-    distributed.barrier()
+            remove(unfinished)  # its room is needed
+        raise
+    if main:
+        whole = [path for path in saves(folder) if step_of(path) <= step and not fault(path, sums=False)]
+        for path in set(saves(folder)) - set(whole[: run.config.keep]):
+            remove(path)
 
 
-def load(folder: Path, policy, optimizer) -> int:
-    """Restores weights and optimizer state; returns the steps done, 0 where none was saved yet."""
-    for saved in (folder / "checkpoint", folder / "checkpoint.old"):
-        configs.require(not (saved / "trainer.pt").is_file(), f"{saved} is of an earlier version of this code, which "
-                                                              "cannot be gone on with: start a run of another name=")
-        if (saved / SHARD.format(0)).is_file():
-            policy.load_state_dict(models.load(str(saved), next(policy.parameters()).dtype)[0].state_dict())
-            ranks = read_shard(saved, 0)["ranks"]
-            shards = [read_shard(saved, rank) for rank in range(ranks)]  # by any number of ranks
-            try:
-                optimizer.load_shards([shard["optimizer"] for shard in shards])
-            except KeyError as error:
-                raise configs.UserError(f"{saved} does not hold what is needed of {error}: it was saved with another "
-                                        "precision=, or not whole") from None
-            return shards[0]["step"]
-    return 0
+def on_all_ranks(path: Path, work: Callable) -> list:
+    """What `work` returns on each; a disk that is full for one is full for all, so that they end alike."""
+    done, trouble = None, ""
+    try:
+        with written(path):
+            done = work()
+    except DiskError as error:
+        trouble = str(error)
+    found = distributed.gather_objects((done, trouble))
+    if told := next((trouble for _, trouble in found if trouble), ""):
+        raise DiskError(told)
+    return [done for done, _ in found]
 
 
-def read_shard(saved: Path, rank: int) -> dict:
-    return torch.load(saved / SHARD.format(rank), map_location="cpu", weights_only=True, mmap=True)
+def write_share(folder: Path, step: int, run) -> dict[str, list]:
+    """This rank's files: its share of the optimizer, and of rank 0 the model. Returns {name: [size, checksum]}."""
+    shard = folder / SHARD.format(distributed.rank())
+    with shard.open("wb") as file:
+        torch.save({"step": step, "ranks": distributed.size(), "optimizer": run.optimizer.shard()}, file)
+    own = [shard]
+    if distributed.rank() == 0:
+        run.policy.save_pretrained(folder)
+        run.tokenizer.save_pretrained(folder)
+        own += [path for path in folder.iterdir() if not path.match(SHARD.format("*"))]
+    for path in own:
+        sync(path)
+    return {path.name: [path.stat().st_size, checksum(path)] for path in own}
+
+
+# ---------------------------------------------------------------- reading
+
+
+def fault(saved: Path, *, sums: bool = True) -> str:
+    """Why a save is not whole, "" if it is. With `sums` every byte is read, by each rank its share of the files."""
+    try:
+        body = json.loads((saved / MANIFEST).read_text())
+    except OSError:
+        return f"it has no {MANIFEST}"
+    except ValueError:
+        body = None
+    if not isinstance(body, dict) or body.pop("own", None) != json_sum(body) or name_of(body["step"]) != saved.name:
+        return f"its {MANIFEST} is damaged"
+    if not sums:
+        found = [wrong(saved / name, mark, sums=False) for name, mark in body["files"].items()]
+    else:
+        own = list(body["files"].items())[distributed.rank() :: distributed.size()]
+        parts = distributed.gather_objects([wrong(saved / name, mark) for name, mark in own])
+        found = [reason for part in parts for reason in part]
+    return next(filter(None, found), "")
+
+
+def wrong(file: Path, mark: list, *, sums: bool = True) -> str:
+    size, total = mark
+    try:
+        if file.stat().st_size != size:
+            return f"its {file.name} has {file.stat().st_size} bytes of {size}"
+        return f"its {file.name} is not what was written" if sums and checksum(file) != total else ""
+    except OSError as error:
+        return f"its {file.name} cannot be read ({error.strerror})"
+
+
+def newest(folder: Path, run) -> Path | None:
+    """The newest whole save; None if the run was stopped before its first.
+
+    Refused if there are saves and none is whole, if there must have been one, or if the run began with other inputs.
+    """
+    old = [path for path in (folder / "checkpoint", folder / "checkpoint.old") if path.exists()]
+    require(not old or (folder / "checkpoints").exists(), f"{old and old[0]} is of an earlier version of this code, "
+            "which cannot be gone on with: start a run of another name=")
+    reasons = []
+    for saved in saves(folder):
+        if not (reason := fault(saved)):
+            print_notes([f"{text}: passed over" for text in reasons])
+            check_inputs(saved, run)
+            return saved
+        reasons.append(f"{saved}: {reason}")
+    require(not reasons, f"resume=true: no save is whole ({'; '.join(reasons)}): put one back, or delete {folder} to "
+                         "start again")
+    last, first = runs.last_step(folder), runs.first_save(folder, run.config)
+    require(last <= first, f"resume=true: {folder} has {last} steps in its log and a save every {first}, but no save "
+                           f"is in {folder}/checkpoints: put it back, or delete {folder} to start again")
+    return None
+
+
+def check_inputs(saved: Path, run) -> None:
+    """A run goes on with what it began with; the initial model is also what KL is taken to."""
+    body = json.loads((saved / MANIFEST).read_text())
+    other = [key for key, mark in body["inputs"].items() if run.inputs.get(key) != mark]
+    require(not other, f"resume=true: since the run in {saved.parents[1]} began, {', '.join(other)} changed: put back "
+                       "what it was, or start a run of another name=")
+    now = processes.versions()
+    print_notes([f"{saved} was written by {name} {body['versions'].get(name)}, this is {now[name]}"
+                 for name in ("torch", "transformers") if body["versions"].get(name) != now[name]])
+
+
+def load(saved: Path, run) -> int:
+    """Restores weights and optimizer state; returns the steps done."""
+    weights = models.load(str(saved), next(run.policy.parameters()).dtype)[0].state_dict()
+    run.policy.load_state_dict(weights)
+    body = json.loads((saved / MANIFEST).read_text())
+    shards = [read_shard(saved / SHARD.format(rank), body["step"]) for rank in range(body["ranks"])]
+    try:
+        run.optimizer.load_shards([shard["optimizer"] for shard in shards])  # by any number of ranks
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{saved} does not hold what is needed of {error}: it was saved with another precision=, or "
+                        "not whole") from None
+    return body["step"]
+
+
+def read_shard(file: Path, step: int) -> dict:
+    try:
+        shard = torch.load(file, map_location="cpu", weights_only=True, mmap=True)  # no pickle
+        require(shard["step"] == step, f"{file} is of step {shard['step']}, not {step}")
+        return shard
+    except UserError:
+        raise
+    except Exception as error:  # whatever torch makes of a file that is not its own
+        raise UserError(f"{file} cannot be read: {' '.join(str(error).split())[:200]}") from None

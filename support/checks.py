@@ -10,6 +10,8 @@ from pathlib import Path
 class UserError(Exception):
     """A mistake in what the user gave: its message names the thing and the mend, on one line."""
 
+    status = 2  # the exit code
+
 
 def require(condition: bool, message: str) -> None:
     if not condition:
@@ -34,7 +36,7 @@ def check(keys: dict) -> None:
         limits = f"{'above' if above else 'at least'} {low}" + (f" and at most {high}" if math.isfinite(high) else "")
         require(fits, f"{key}={keys[key]}: give a number {limits}")
 
-    for key in ("steps", "prompts_per_step", "max_new_tokens", "micro_batch_size", "logits_chunk", "log_every",
+    for key in ("steps", "prompts_per_step", "max_new_tokens", "micro_batch_size", "logits_chunk", "log_every", "keep",
                 "save_every", "rollout.batch_size", "rollout.segment", "evaluation.problems", "evaluation.samples",
                 "evaluation.samples_between", "problems", "samples", "countdown_problems", "countdown.largest",
                 "grpo.updates_per_rollout",

@@ -65,7 +65,7 @@ def one_line_errors():
             print(f"error: {error}", file=sys.stderr, flush=True)
         else:
             time.sleep(2)  # torchrun ends all ranks with the first: let rank 0 speak
-        sys.exit(2)
+        sys.exit(error.status)
 
 
 def print_notes(notes: list[str]) -> None:
@@ -193,9 +193,8 @@ def stored_keys(arguments: list[str], known: dict) -> dict:
     """With resume=true or auto, name=NAME: that run's own settings; none where there is no such run."""
     names = [word.removeprefix("name=") for word in arguments if word.startswith("name=")]
     stored = Path("runs") / (names or [""])[-1] / "config.yaml"
-    if not {"resume=true", "resume=auto"} & set(arguments) or not names or not stored.is_file():
-        return {}
-    return {key: value for key, value in read_stored(stored).items() if key in known}
+    there = names and {"resume=true", "resume=auto"} & set(arguments) and os.path.isfile(stored)
+    return {key: value for key, value in read_stored(stored).items() if key in known} if there else {}
 
 
 def read_stored(file: Path) -> dict:

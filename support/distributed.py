@@ -65,7 +65,7 @@ def joined(precision: str = "auto") -> Iterator[World]:
             if not world.is_main:
                 time.sleep(2)
             print(f"error: {error}" + f" (rank {world.rank})" * (not world.is_main), file=sys.stderr, flush=True)
-            os._exit(2)
+            os._exit(error.status)
         traceback.print_exc()
         ours = [frame for frame in traceback.extract_tb(error.__traceback__)
                 if Path(frame.filename).parent == Path(sys.argv[0]).resolve().parent]
@@ -168,6 +168,15 @@ def gather(x: Tensor) -> Tensor:
     parts = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(parts, padded)
     return torch.cat([part[: int(count)] for part, count in zip(parts, counts)])
+
+
+def gather_objects(x) -> list:
+    """Something small of every rank, in rank order."""
+    if not dist.is_initialized():
+        return [x]
+    found = [None] * dist.get_world_size()
+    dist.all_gather_object(found, x)
+    return found
 
 
 def total(x: Tensor) -> Tensor:

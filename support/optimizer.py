@@ -59,16 +59,21 @@ class MasterAdamW(torch.optim.Optimizer):
     def load_shards(self, shards: list[dict]) -> None:
         """Takes this rank's share from what ranks saved, however many they were.
 
-        Raises KeyError if a parameter is missing, or has masters where there are none now, or the other way round.
+        Raises KeyError with the name of a parameter that is missing, has masters where there are none now, or the
+        other way round, is of another shape or not finite; or that is not of this model.
 
         Not `load_state_dict`: that casts masters to the type of their weights.
         """
         self.steps = shards[0]["steps"]
         saved = {name: state for shard in shards for name, state in shard["state"].items()}
+        for name in saved.keys() - self.named.keys():
+            raise KeyError(name)
         for name, parameter in self.own().items():
             if saved.get(name, {}).keys() != self.state[parameter].keys():
                 raise KeyError(name)
             for key, x in self.state[parameter].items():
+                if saved[name][key].shape != x.shape or not saved[name][key].isfinite().all():
+                    raise KeyError(name)
                 x.copy_(saved[name][key])
 
 

@@ -1,9 +1,9 @@
 """What all pictures share; Pass@k of several models, training curves of several runs."""
 
-import json
 from pathlib import Path
 
-from support.config import flatten, read_yaml, require
+from support.config import read_stored, require
+from support.files import read_log
 from support.statistics import mean_interval
 
 # Of 9 inches, with letters that can still be read where a page shows it 850 pixels wide.
@@ -46,7 +46,7 @@ def method_of(model: str) -> str:
     folder = Path(model).parent if Path(model).name == "model" else Path(model)
     if not (folder / "config.yaml").is_file():
         return "base model"
-    keys = flatten(read_yaml((folder / "config.yaml").read_text()))
+    keys = read_stored(folder / "config.yaml")
     words = [str(keys.get(key)) for key in ("objective", "reward.kind", "selection.strategy")]
     return [word for word in ["grpo", *words] if word in COLOURS][-1]
 
@@ -149,7 +149,8 @@ def read_metrics(folders: list[str]) -> dict[str, list[dict]]:
     for folder in folders:
         file = Path(folder) / "metrics.jsonl"
         require(file.is_file(), f"plot={folder}: no metrics.jsonl there; give folders of runs, runs/a,runs/b")
-        runs[folder] = [json.loads(line) for line in file.read_text().splitlines()]
+        # A value that was not finite, None, is left out.
+        runs[folder] = [{key: x for key, x in row.items() if x is not None} for row in read_log(file)]
     return runs
 
 
@@ -169,7 +170,7 @@ def by_seed(folders: list[str]) -> dict[str, list[str]]:
     groups: dict[tuple, list[str]] = {}
     for folder in folders:
         file = Path(folder) / "config.yaml"
-        keys = flatten(read_yaml(file.read_text())) if file.is_file() else {"run": folder}
+        keys = read_stored(file) if file.is_file() else {"run": folder}
         same = tuple(sorted((key, str(value)) for key, value in keys.items() if key not in OF_SEEDS))
         groups.setdefault(same, []).append(folder)
     shared = set.intersection(*map(set, groups))

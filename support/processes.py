@@ -34,14 +34,15 @@ def end_with_parent() -> None:
 
 
 @contextmanager
-def only_one(file: Path, rank: int = 0) -> Iterator[None]:
-    """Refused while another process holds the file, by the pid and host it wrote there; of several ranks rank 0 holds
-    it for all. The kernel lets go of it however a process ends, so that what a killed one leaves locks nobody out."""
+def only_one(file: Path, rank: int = 0, *, wait: bool = False) -> Iterator[None]:
+    """Refused while another process holds the file, by the pid and host it wrote there, or begun when it ends; of
+    several ranks rank 0 holds it for all. The kernel lets go of it however a process ends, so that what a killed one
+    leaves locks nobody out."""
     if rank:
         yield
         return
     made = [folder for folder in file.parents if not os.path.exists(folder)]  # the deepest first
-    lock = taken(file)
+    lock = taken(file, wait)
     try:
         yield
     finally:
@@ -52,7 +53,7 @@ def only_one(file: Path, rank: int = 0) -> Iterator[None]:
                 folder.rmdir()
 
 
-def taken(file: Path):
+def taken(file: Path, wait: bool):
     """The file, locked."""
     while True:
         try:
@@ -64,8 +65,12 @@ def taken(file: Path):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.seek(0)
-            raise UserError(f"{file.parent} is in use by {lock.read() or 'another process'} (it holds {file}): wait "
-                            "for it, or end it") from None
+            holder = lock.read() or "another process"
+            if not wait:
+                raise UserError(f"{file.parent} is in use by {holder} (it holds {file}): wait for it, or end "
+                                "it") from None
+            print(f"note: waiting for {holder}, which holds {file}", file=sys.stderr)
+            fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError as error:  # a file system without locks: better trained than refused
             print(f"note: {file} cannot be locked ({error.strerror}): start nothing else on {file.parent}",
                   file=sys.stderr)
@@ -74,8 +79,8 @@ def taken(file: Path):
                 break
         lock.close()  # whoever held it has just ended and removed it
     lock.truncate(0)
-    lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-    lock.flush()
+    with suppress(OSError):  # on a full disk nobody is told who holds it
+        os.write(lock.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
     return lock
 
 

@@ -9,6 +9,7 @@ import math
 from pathlib import Path
 
 from support.config import require
+from support.files import read_log
 from support.statistics import holm, mean_interval, t_test
 
 
@@ -33,16 +34,15 @@ def lines_of_other_seeds(out: Path, runs: list[dict]) -> list[dict]:
 
 def figures_of(folder: Path) -> dict:
     """Every figure of a finished run: of its steps, and of its evaluations before (`base`) and after them."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    rows = [row for row in rows if "loss" in row]
+    rows = [row for row in read_log(folder / "metrics.jsonl") if "loss" in row]
     last = rows[-max(1, len(rows) // 10):]
     seconds = [sum(value for key, value in row.items() if key.startswith("time/")) for row in rows]
     training = {"seconds": sum(seconds), "tokens": sum(row["tokens"] for row in rows),
                 "tokens/s": sum(row["tokens"] for row in rows) / sum(seconds),
                 "length": sum(row["length/mean"] for row in rows) / len(rows), "mem_gb": rows[-1]["mem_gb"]}
     for key in ("reward/accuracy", "entropy", "kl/selected", "selection/fraction", "selection/branching"):
-        if key in last[0]:
-            training[key] = sum(row[key] for row in last) / len(last)
+        if values := [row[key] for row in last if row.get(key) is not None]:  # None: not finite
+            training[key] = sum(values) / len(values)
     evaluation = json.loads((folder / "evaluation.json").read_text())
     evaluation = {who: {Path(file).stem: {name: round(found[0], 6) for name, found in table[who].items()}
                         for file, table in evaluation.items()} for who in ("base", "trained")}

@@ -23,7 +23,7 @@ OPTIONAL = {"matplotlib", "math_verify", "trl", "datasets", "pyarrow", "wandb"} 
 LEVELS = [
     {"analysis", "benchmark", "reproduce"},
     {"train"},
-    {"evaluate"},
+    {"evaluate", "metrics"},
     {"completions"},
     {"step"},
     {"toy"},

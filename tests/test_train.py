@@ -21,8 +21,8 @@ import grpo
 import rollout
 import step as steps
 import train
-from support import checkpoint, models
 from support import config as configs
+from support import models, runs
 from support.files import replace_folder
 
 
@@ -97,18 +97,10 @@ def test_killed_and_resumed_is_the_unbroken_run(in_tmp, monkeypatch, killed_in):
             problems = steps.step_problems
             patch.setattr(steps, "step_problems",
                           lambda all, step, **kw: problems(all, step, **kw) if step < 3 else 1 / 0)
-        else:  # between the two renames of the last save
+        else:  # before the last save takes effect
             rename = Path.rename
-            saved = []
-
-            def stumble(path, target):
-                if path.name == "checkpoint.tmp":
-                    saved.append(path)
-                    if len(saved) == 2:
-                        raise ZeroDivisionError
-                return rename(path, target)
-
-            patch.setattr(Path, "rename", stumble)
+            patch.setattr(Path, "rename",
+                          lambda path, target: 1 / 0 if path.name == "step-000004.tmp" else rename(path, target))
         with pytest.raises(ZeroDivisionError):
             train.main(configs.training_keys([*SMALL, "name=broken"]))
     assert not (in_tmp / "runs" / "broken" / "model").exists()
@@ -149,7 +141,7 @@ def test_runs_are_named_by_what_differs(tmp_path, monkeypatch, words, name):
     monkeypatch.chdir(tmp_path)
     Path("mine.yaml").write_text("model: m\nreward: token_entropy\nmax_new_tokens: 7\n")
     known = configs.read_defaults()
-    found = checkpoint.auto_name(configs.override(known | configs.recipe_keys(words, known), words))
+    found = runs.auto_name(configs.override(known | configs.recipe_keys(words, known), words))
     assert found == name or name.endswith("x") and found.startswith(name + "-") and len(found) <= 100
 
 
@@ -284,7 +276,7 @@ def test_real_runs(tmp_path):
 def a_real_run_writes_everything(real_runs):
     folder = real_runs / "runs" / "alone"
     assert {path.name for path in folder.iterdir()} == {
-        "config.yaml", "metrics.jsonl", "samples.jsonl", "evaluation.json", "base_evaluation", "checkpoint",
+        "config.yaml", "metrics.jsonl", "samples.jsonl", "evaluation.json", "base_evaluation", "checkpoints",
         "model",
     }
     keys = configs.flatten(yaml.safe_load((folder / "config.yaml").read_text()))

@@ -1,0 +1,153 @@
+"""A run's folder, runs/<name>/: its name, whether it may be used, and its logs."""
+
+import json
+import math
+import os
+import re
+import zlib
+from pathlib import Path
+
+import yaml
+from tqdm import tqdm
+
+from support import config as configs
+from support.files import append_line, read_log, remove, replace_text
+from support.trackers import trackers
+
+# Keys that a resumed run may give anew: they change speed, memory or what is written, not the training.
+MAY_DIFFER = {"resume", "name", "recipe", "dry_run", "micro_batch_size", "micro_batch_tokens", "logits_chunk",
+              "offload", "fit_batches", "gradient_checkpointing", "rollout.batch_size", "rollout.segment", "log_every",
+              "save_every", "keep", "log.wandb", "log.tensorboard"}
+
+
+def run_folder(config, keys: dict) -> Path:
+    """runs/<name>, refused if another run is in it, or if `resume` would go on with other settings.
+
+    More steps than before are the one exception, under a constant rate: the warm-up in config and keys is adapted.
+    """
+    folder = Path("runs") / (config.name if config.name != "auto" else auto_name(keys))
+    stored = folder / "config.yaml"
+    configs.require(len(os.fsencode(folder.name)) <= 200, f"name={folder.name}: give a name of at most 200 bytes")
+    if config.resume == "auto":
+        config.resume = keys["resume"] = stored.is_file()
+    if config.resume:
+        configs.require(stored.is_file(), f"resume=true: {folder} holds no run; leave resume out to start one")
+        old = configs.read_stored(stored)
+        other = [key for key in sorted(keys.keys() - MAY_DIFFER) if old.get(key) != keys[key]]
+        if "steps" in other and config.optimizer.schedule == "constant" and keys["steps"] > old["steps"]:
+            other.remove("steps")  # the warm-up keeps its steps
+            keys["optimizer.warmup"] = config.optimizer.warmup = old["optimizer.warmup"] * old["steps"] / keys["steps"]
+        configs.require(not other, f"resume=true: the run in {folder} has "
+                        + ", ".join(f"{key}={old.get(key)}, not {keys[key]}" for key in other)
+                        + "; leave these words out, or start a run of another name="
+                        + " (more steps need optimizer.schedule=constant)" * ("steps" in other))
+    else:
+        configs.require(is_vacant(folder), f"{folder} already holds a run: give another name=, "
+                        "resume=true to go on with it, or delete the folder")
+    return folder
+
+
+def is_vacant(folder: Path) -> bool:
+    """Whether a run may start there: nothing is there but what one left that was killed before it wrote config.yaml."""
+    return not folder.is_dir() or all(path.name == "lock" or path.suffix == ".tmp" for path in folder.iterdir())
+
+
+NAMED = ("model", "data.file", "reward.kind", "objective", "selection.strategy", "seed")  # in a name by value alone
+
+
+def auto_name(keys: dict) -> str:
+    """Data, selection, seed, and what else differs from config.yaml or the recipe: countdown-scope-seed0-steps50."""
+    usual = configs.read_defaults()
+    words = [Path(keys["model"]).name, "-".join(part for part in Path(keys["data.file"]).with_suffix("").parts[-2:]
+                                                if part.strip("/.")), keys["reward.kind"], keys["objective"]]
+    words = [word for word in words if word not in (usual["model"], usual["reward.kind"], usual["objective"])]
+    words += [keys["selection.strategy"], f"seed{keys['seed']}"]
+    if keys["recipe"]:
+        usual |= configs.recipe_keys([f"recipe={keys['recipe']}"], usual)
+    for key, value in keys.items():
+        if value != usual[key] and key not in MAY_DIFFER and key not in NAMED:
+            last = key.rpartition(".")[2]
+            others = [other for other in keys if other.rpartition(".")[2] == last and not other.startswith("toy.")]
+            words.append((last if others == [key] else key) + (f"{value:g}" if type(value) is float else str(value)))
+    name = re.sub(r"[^\w.+-]+", "_", "-".join(words))
+    return name if len(name) <= 100 else f"{name[:90]}-{zlib.crc32(name.encode()):08x}"
+
+
+def is_finished(folder: Path, steps: int) -> bool:
+    """Whether the run has its last table, of so many steps."""
+    if not (folder / "evaluation.json").is_file():
+        return False
+    return configs.read_stored(folder / "config.yaml")["steps"] == steps
+
+
+def last_step(folder: Path) -> int:
+    """The last step in the log."""
+    return max([row["step"] for row in read_log(folder / "metrics.jsonl")], default=0)
+
+
+def first_save(folder: Path, config) -> int:
+    """The step by which a save was begun, as the run began or as it is now."""
+    old = configs.read_stored(folder / "config.yaml")
+    return min(old["save_every"], old["steps"], config.save_every, config.steps)
+
+
+class Log:
+    """A run's config.yaml, metrics.jsonl and samples.jsonl (one JSON object a line), and what it prints.
+
+    Lines after step `start` were written by a run that was killed before it saved that step: dropped,
+    and with them a final evaluation, which is done again.
+    """
+
+    def __init__(self, folder: Path, keys: dict, start: int, *, active: bool):
+        """`active`: this is the rank that writes and prints; on the others nothing happens."""
+        self.folder, self.keys, self.active, self.trackers = folder, keys, active, []
+        if not active:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        logs = {path: read_log(path) for path in (folder / "metrics.jsonl", folder / "samples.jsonl")}
+        for left in [*folder.glob("*.tmp"), *folder.glob("*.old"), *folder.glob("*/*.tmp")]:
+            remove(left)  # by a killed process, and by no other: this one holds the lock
+        stored = folder / "config.yaml"
+        resumed = stored.exists()
+        # A resumed run keeps the one it has, unless it begins again or is to take more steps.
+        if not resumed or start == 0 or configs.read_stored(stored)["steps"] < keys["steps"]:
+            (folder / "evaluation.json").unlink(missing_ok=True)
+            replace_text(stored, yaml.safe_dump(configs.nest(keys | {"resume": False}), sort_keys=False))
+        if resumed:
+            last = max([row["step"] for row in logs[folder / "metrics.jsonl"]], default=0)
+            again = f"steps {start + 1}-{last} are" if last > start + 1 else f"step {last} is"
+            self.print((f"going on after step {start}" if start else "no step was saved yet: starting again")
+                       + f"; {again} done again" * (last > start))
+        for path, rows in logs.items():
+            replace_text(path, "".join(json.dumps(row) + "\n" for row in rows if start and self.stays(row, start)))
+        self.trackers = trackers(folder, keys, start)
+
+    def stays(self, row: dict, start: int) -> bool:
+        final = row["step"] == self.keys["steps"] and row.keys().isdisjoint({"loss", "completion"})
+        return row["step"] <= start and not final
+
+    def metrics(self, row: dict) -> None:
+        self._append("metrics.jsonl", row)
+        for tracker in self.trackers:
+            tracker.metrics(row)
+
+    def sample(self, step: int, prompt: str, completion: str, reward: float) -> None:
+        self.print(f"  {prompt} {completion}   [reward {reward:g}]")
+        row = {"step": step, "prompt": prompt, "completion": completion, "reward": reward}
+        self._append("samples.jsonl", row)
+        for tracker in self.trackers:
+            tracker.sample(row)
+
+    def close(self) -> None:
+        for tracker in self.trackers:
+            tracker.close()
+
+    def print(self, text: str) -> None:
+        if self.active:
+            tqdm.write(text)
+
+    def _append(self, name: str, row: dict) -> None:
+        if self.active:  # JSON has no NaN and no infinity
+            finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value
+                      for key, value in row.items()}
+            append_line(self.folder / name, json.dumps(finite))
