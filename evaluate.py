@@ -37,7 +37,7 @@ import data
 import toy
 from completions import Completions
 from support import distributed, models, plots
-from support.files import file_name, replace_text
+from support.files import file_name, replace_text, sync, written
 from support.processes import versions
 from support.statistics import Estimate, average, difference
 from support.tables import difference_table, format_table
@@ -114,10 +114,13 @@ class Evaluation:
     entropy: np.ndarray  # [tokens] float32
 
     def save(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(f".{os.getpid()}.npz")  # several runs may write one file
-        np.savez_compressed(unfinished, **vars(self))
-        unfinished.rename(path)
+        unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # several runs may write one file
+        with written(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with unfinished.open("wb") as file:
+                np.savez_compressed(file, **vars(self))
+            sync(unfinished)
+            unfinished.rename(path)
 
     @classmethod
     def load(cls, path) -> "Evaluation":

@@ -43,10 +43,10 @@ from support.files import file_name, json_sum, replace_folder, replace_text
 def train(config, keys: dict, folder: Path, problems: list, heldout: dict[str, list], world) -> None:
     """The whole run: base evaluation, the steps, the trained evaluation, and everything under `folder`."""
     run = steps.set_up(config, problems, world)
-    asked = {file: data.prompt_ids(run.tokenizer, own, config.prompt) for file, own in heldout.items()}
-    models.check_lengths(run.policy.config, sum(asked.values(), []), config.max_new_tokens)
+    prompts = [data.prompt_ids(run.tokenizer, own, config.prompt) for own in heldout.values()]
+    models.check_lengths(run.policy.config, sum(prompts, []), config.max_new_tokens)
     run.inputs = {"model": models.digest(run.policy), "the training problems": json_sum(run.problems),
-                  "evaluation.data": json_sum(heldout), "the tokenizer": json_sum([asked, run.stop]),
+                  "evaluation.data": json_sum(heldout), "the tokenizer": json_sum([prompts, run.stop]),
                   "precision": world.precision}
     saved = checkpoint.newest(folder, run) if config.resume else None
     start = checkpoint.step_of(saved) if saved else 0

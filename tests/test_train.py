@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import math
+import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -87,7 +89,7 @@ def weights_of(name):
 
 
 @pytest.mark.parametrize("killed_in", ["the loop", "the save"])
-def test_killed_and_resumed_is_the_unbroken_run(in_tmp, monkeypatch, killed_in):
+def test_killed_and_resumed_is_the_unbroken_run(in_tmp, monkeypatch, capsys, killed_in):
     train.main(configs.training_keys([*SMALL, "name=whole"]))
     rows = metrics_of("whole")
     assert [row["step"] for row in rows] == [0, 1, 2, 2, 3, 4, 4] and any(row.get("kl/selected", 0) > 0 for row in rows)
@@ -104,7 +106,17 @@ def test_killed_and_resumed_is_the_unbroken_run(in_tmp, monkeypatch, killed_in):
         with pytest.raises(ZeroDivisionError):
             train.main(configs.training_keys([*SMALL, "name=broken"]))
     assert not (in_tmp / "runs" / "broken" / "model").exists()
+    logged, problem_sets = metrics_of("broken"), train.data.problem_sets
+    with monkeypatch.context() as patch, pytest.raises(configs.UserError, match="began, the training problems changed"):
+        patch.setattr(train.data, "problem_sets",
+                      lambda config: (problem_sets(config)[0][::-1], *problem_sets(config)[1:]))
+        train.main(configs.training_keys([*SMALL, "name=broken", "resume=true"]))
+    assert metrics_of("broken") == logged
+    shutil.rmtree("runs/base-evaluations")
+    os.truncate("runs/broken/base_evaluation/auto.npz", 100)  # drawn again, of the base model
+    capsys.readouterr()
     train.main(configs.training_keys([*SMALL, "name=broken", "resume=true"]))
+    assert "auto.npz is damaged: made again" in capsys.readouterr().err
     assert metrics_of("broken") == rows
     with monkeypatch.context() as patch:
         patch.setattr(steps, "set_up", None)
