@@ -2,6 +2,7 @@
 
 import os
 import socket
+import threading
 
 import pytest
 
@@ -47,3 +48,23 @@ def test_a_folder_that_cannot_be_is_told_in_one_line(tmp_path, name, reason):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=f"cannot write to .*{reason}$"), processes.only_one(tmp_path / name / "lock"):
         pass
+
+
+def test_who_may_wait_goes_on_when_the_other_ends(tmp_path, capfd):
+    file, order, held = tmp_path / "lock", [], threading.Event()
+
+    def first():
+        with processes.only_one(file):
+            held.set()
+            while "waiting for process" not in "".join(told):
+                told.append(capfd.readouterr().err)
+            order.append("first")
+
+    told = []
+    other = threading.Thread(target=first)
+    other.start()
+    held.wait()
+    with processes.only_one(file, wait=True):
+        order.append("second")
+    other.join()
+    assert order == ["first", "second"] and not file.exists()
