@@ -233,7 +233,8 @@ def evaluation_keys(arguments: list[str]) -> dict:
 
 def trained_otherwise(model: str, prompt: dict) -> list[str]:
     """A note on each prompt that the run this model comes from had, and that is not the one given here."""
-    stored = Path(model).parent / "config.yaml"
+    folder = Path(model).parent  # of runs/NAME/model or runs/NAME/checkpoints/step-NNNNNN
+    stored = (folder.parent if folder.name == "checkpoints" else folder) / "config.yaml"
     if not stored.is_file():
         return []
     keys = read_stored(stored)

@@ -18,6 +18,8 @@ from support.trackers import trackers
 MAY_DIFFER = {"resume", "name", "recipe", "dry_run", "micro_batch_size", "micro_batch_tokens", "logits_chunk",
               "offload", "fit_batches", "gradient_checkpointing", "rollout.batch_size", "rollout.segment", "log_every",
               "save_every", "keep", "log.wandb", "log.tensorboard"}
+WRITTEN = {"config.yaml", "metrics.jsonl", "samples.jsonl", "base_evaluation", "checkpoints", "checkpoint", "model",
+           "evaluation.json"}  # by a run, the first one first
 
 
 def run_folder(config, keys: dict) -> Path:
@@ -48,8 +50,8 @@ def run_folder(config, keys: dict) -> Path:
 
 
 def is_vacant(folder: Path) -> bool:
-    """Whether a run may start there: nothing is there but what one left that was killed before it wrote config.yaml."""
-    return not folder.is_dir() or all(path.name == "lock" or path.suffix == ".tmp" for path in folder.iterdir())
+    """Whether a run may start there: nothing of one is there, but what is left by one killed before its config.yaml."""
+    return not folder.is_dir() or WRITTEN.isdisjoint(path.name for path in folder.iterdir())
 
 
 NAMED = ("model", "data.file", "reward.kind", "objective", "selection.strategy", "seed")  # in a name by value alone

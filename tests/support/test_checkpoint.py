@@ -333,14 +333,14 @@ def test_a_start_that_never_was_one_is_no_run(tmp_path, monkeypatch):
     config = config_of("name=x")
     folder = Path("runs/x")
     folder.mkdir(parents=True)
-    for left in ("lock", "config.yaml.tmp"):
+    for left in ("lock", "config.yaml.tmp", "notes.txt"):
         (folder / left).touch()
     for resume, expected in ((False, False), ("auto", False)):
         config.resume = resume
         keys = configs.read_defaults() | {"name": "x"}
         assert runs.run_folder(config, keys) == folder and config.resume == expected
     open_log(folder, 0)
-    assert not (folder / "config.yaml.tmp").exists()
+    assert not (folder / "config.yaml.tmp").exists() and (folder / "notes.txt").exists()
     config.resume = False
     with pytest.raises(UserError, match="already holds a run"):
         runs.run_folder(config, keys)
