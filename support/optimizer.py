@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from support import distributed
+from support.models import is_finite
 
 
 class MasterAdamW(torch.optim.Optimizer):
@@ -72,7 +73,7 @@ class MasterAdamW(torch.optim.Optimizer):
             if saved.get(name, {}).keys() != self.state[parameter].keys():
                 raise KeyError(name)
             for key, x in self.state[parameter].items():
-                if saved[name][key].shape != x.shape or not saved[name][key].isfinite().all():
+                if saved[name][key].shape != x.shape or not is_finite(saved[name][key]):
                     raise KeyError(name)
                 x.copy_(saved[name][key])
 
