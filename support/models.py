@@ -10,8 +10,6 @@ import zlib
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from urllib.error import HTTPError
-from urllib.request import Request, urlopen
 
 import huggingface_hub
 import torch
@@ -22,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from support import distributed
 from support.config import UserError
+from support.rows import hub_in_reach
 
 transformers.utils.logging.disable_progress_bar()  # our own bars only
 
@@ -54,13 +53,8 @@ def loading(name: str):
 def source(name: str) -> dict:
     """Where to load from: with no hub in reach its cache on disk at once, not after minutes of retries per file."""
     arguments = {"trust_remote_code": False}
-    if not Path(name).exists():
-        try:
-            urlopen(Request(huggingface_hub.constants.ENDPOINT, method="HEAD"), timeout=10)
-        except HTTPError:
-            pass  # it answered
-        except OSError:
-            arguments["local_files_only"] = True
+    if not Path(name).exists() and not hub_in_reach():
+        arguments["local_files_only"] = True
     return arguments
 
 

@@ -4,6 +4,10 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+import huggingface_hub  # transformers brings it along
 
 from support.checks import UserError, hub_dataset, is_remote
 
@@ -74,13 +78,25 @@ def parquet_rows(source: str) -> list[dict]:
 def hub_rows(source: str) -> list[dict]:
     name, config, split = hub_dataset(source)
     try:
-        from datasets import load_dataset
+        import datasets
     except ImportError:
         raise needs("datasets", source) from None
+    if not Path(name).is_dir() and not hub_in_reach():
+        huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True  # its cache on disk, at once
     try:
-        return load_dataset(name, config, split=split).to_list()
+        return datasets.load_dataset(name, config, split=split).to_list()
     except Exception as error:  # whatever the library, the hub's client and the network raise
         raise cannot(source, error) from None
+
+
+def hub_in_reach() -> bool:
+    try:
+        urlopen(Request(huggingface_hub.constants.ENDPOINT, method="HEAD"), timeout=10)
+    except HTTPError:
+        return True  # it answered
+    except OSError:
+        return False
+    return True
 
 
 def needs(library: str, source: str) -> UserError:
@@ -91,12 +107,8 @@ def read_bytes(path: str) -> bytes:
     """The content of a local file, or of one on the hub (hf://datasets/owner/name/file) or the web (https://...)."""
     try:
         if path.startswith("hf://"):
-            from huggingface_hub import HfFileSystem  # transformers brings it along
-
-            return HfFileSystem().read_bytes(path)
+            return huggingface_hub.HfFileSystem().read_bytes(path)
         if is_remote(path):
-            from urllib.request import urlopen
-
             with urlopen(path, timeout=30) as answer:
                 return answer.read()
         return Path(path).read_bytes()
