@@ -6,6 +6,7 @@ answered by a chain of steps: `3*5=15, 15+7=22, 22+2=24`. Mathematics: {"problem
 """
 
 import json
+import math
 import random
 import re
 import zlib
@@ -55,13 +56,14 @@ def countdown(count: int, *, heldout: bool, numbers: int, largest: int, limit: i
     """`count` different Countdown problems from one side of the held-out split, always the same ones."""
     rng = random.Random(f"countdown {heldout}")
     problems: dict[str, dict] = {}
-    for _ in range(100 * count):
+    most = math.comb(largest + numbers - 1, numbers) * (limit + 1)  # numbers in any order, and a target
+    for _ in range(min(100 * count, 2_000_000) if count <= most else 0):  # half a minute
         problem, _ = random_chain(rng, numbers=numbers, largest=largest, limit=limit)
         if is_heldout(**problem) == heldout:
             problems.setdefault(f"{sorted(problem['numbers'])} {problem['target']}", problem)
         if len(problems) == count:
             return list(problems.values())
-    raise UserError(f"countdown: fewer than {count} different problems exist at numbers={numbers}, "
+    raise UserError(f"countdown: fewer than {count} different problems were found at numbers={numbers}, "
                     f"largest={largest}, limit={limit}: ask for fewer, or enlarge one of these")
 
 

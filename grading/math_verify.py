@@ -13,6 +13,7 @@ import subprocess
 import sys
 
 START, LIMIT = 120.0, 5.0  # seconds to import sympy on a busy machine, and for one verdict
+LONGEST = 1000  # characters; what is longer is no final answer, and takes the library seconds or all memory
 
 _child: subprocess.Popen | None = None
 
@@ -21,18 +22,25 @@ def is_equal(answer: str, gold: str) -> bool:
     """Whether Math-Verify finds the answer equal to the gold one; False if it cannot say in time."""
     if answer.strip() == gold.strip():
         return bool(gold.strip())
+    if max(len(answer), len(gold)) > LONGEST:
+        return False
     return text_is_equal(f"$\\boxed{{{answer}}}$", gold)
 
 
 def text_is_equal(text: str, gold: str) -> bool:
     """The same of the answer that Math-Verify itself finds in a text, in a box or not."""
     global _child
+    text = text[-20 * LONGEST :]  # where an answer stands
     if _child is None or _child.poll() is not None:
         _child = subprocess.Popen([sys.executable, "-P", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                  stderr=subprocess.DEVNULL, text=True)  # -P: its own folder would hide the library
+                                  stderr=subprocess.DEVNULL, text=True,  # -P: its own folder would hide the library
+                                  start_new_session=True)  # a Ctrl-C is not meant for it
         atexit.register(_child.kill)
         if reply(_child, START) != "ready":
-            raise RuntimeError("math_verify does not start: try `python -c 'import math_verify'`")
+            from support.config import UserError  # here, for the child cannot import it
+
+            raise UserError("reward.grader=math_verify: the library does not start: try "
+                            "`python -c 'import math_verify'`")
     try:
         _child.stdin.write(json.dumps([f"$\\boxed{{{gold}}}$", text]) + "\n")
         _child.stdin.flush()

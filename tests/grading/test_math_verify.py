@@ -50,3 +50,8 @@ def test_the_child_imports_the_library_and_not_itself(monkeypatch):
     monkeypatch.delenv("PYTHONPATH", raising=False)  # which may hold "."
     monkeypatch.chdir(Path(math_verify.__file__).parent)
     assert Path(math_verify.__file__).name == "math_verify.py" and is_equal("0.5", "1/2")
+
+
+def test_what_is_too_long_is_wrong_at_once(monkeypatch):
+    monkeypatch.setattr(math_verify, "_child", None)
+    assert not is_equal("1+" * 10**6 + "1", "7") and math_verify._child is None  # the library has not seen it
