@@ -13,6 +13,12 @@ class UserError(Exception):
     status = 2  # the exit code
 
 
+class Halted(UserError):
+    """A run that cannot go on, through no mistake in what it was given."""
+
+    status = 1
+
+
 def require(condition: bool, message: str) -> None:
     if not condition:
         raise UserError(message)
@@ -39,7 +45,7 @@ def check(keys: dict) -> None:
     for key in ("steps", "prompts_per_step", "max_new_tokens", "micro_batch_size", "logits_chunk", "log_every", "keep",
                 "save_every", "rollout.batch_size", "rollout.segment", "evaluation.problems", "evaluation.samples",
                 "evaluation.samples_between", "problems", "samples", "countdown_problems", "countdown.largest",
-                "grpo.updates_per_rollout",
+                "grpo.updates_per_rollout", "max_bad_steps",
                 "toy.layers", "toy.hidden", "toy.heads", "toy.intermediate", "toy.updates", "toy.batch"):
         bound(key, 1)
     bound("seed", 0, 2**31 - 1)
@@ -49,7 +55,7 @@ def check(keys: dict) -> None:
         bound(key, 0)
     bound("temperature", 0, above="samples" not in keys)  # evaluate.py has that key
     require(keys["temperature"] > 0 or keys.get("samples") == 1, "temperature=0 is greedy: give samples=1")
-    for key in ("grpo.advantage_eps", "optimizer.max_grad_norm", "toy.lr"):
+    for key in ("grpo.advantage_eps", "optimizer.max_grad_norm", "toy.lr", "distributed_timeout"):
         bound(key, 0, above=True)
     for key in ("selection.fraction", "kl_cov.fraction", "clip_cov.fraction", "data.validation"):
         bound(key, 0, 1)

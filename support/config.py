@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import yaml
 
+from support import signals
 from support.checks import UserError, check, check_file, check_model, listed, require
 
 DEFAULTS = Path(__file__).parents[1] / "config.yaml"
@@ -57,12 +58,13 @@ def read_yaml(text: str):
 
 @contextmanager
 def one_line_errors():
-    """Turns a UserError into its message on stderr (once, from rank 0) and exit code 2."""
+    """Turns a UserError into its message on stderr (once, from rank 0) and its exit code; a signal into a line too."""
+    signals.listen()
     try:
         yield
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            signals.report(f"error: {error}")
         else:
             time.sleep(2)  # torchrun ends all ranks with the first: let rank 0 speak
         sys.exit(error.status)

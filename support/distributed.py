@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from support import signals, watch
 from support.config import UserError
 
 
@@ -52,10 +53,11 @@ class World:
 
 
 @contextmanager
-def joined(precision: str = "auto") -> Iterator[World]:
+def joined(precision: str = "auto", timeout: float = 30) -> Iterator[World]:
     """The process group, from `setup` to `shutdown`. A rank that fails says where, and ends at once: leaving the group
-    would wait for ranks that wait for this one. torchrun ends those of this node; on others a timeout may have to."""
-    world = setup(precision)
+    would wait for ranks that wait for this one. torchrun ends those of this node; on others a timeout may have to, in
+    minutes as in distributed_timeout."""
+    world = setup(precision, timeout)
     try:
         yield world
     except Exception as error:
@@ -64,20 +66,26 @@ def joined(precision: str = "auto") -> Iterator[World]:
         if isinstance(error, UserError):  # usually on all ranks alike: rank 0 speaks, for torchrun ends all with one
             if not world.is_main:
                 time.sleep(2)
-            print(f"error: {error}" + f" (rank {world.rank})" * (not world.is_main), file=sys.stderr, flush=True)
+            signals.report(f"error: {error}" + f" (rank {world.rank})" * (not world.is_main))
             os._exit(error.status)
+        if signals.asked:  # torchrun ends this rank for another's sake, or one was faster
+            print(f"rank {world.rank} of {world.size} ended while it waited for others", file=sys.stderr, flush=True)
+            os._exit(128 + signals.asked)
         traceback.print_exc()
         ours = [frame for frame in traceback.extract_tb(error.__traceback__)
                 if Path(frame.filename).parent == Path(sys.argv[0]).resolve().parent]
         place = f"in {ours[-1].name} ({Path(ours[-1].filename).name}, line {ours[-1].lineno})" if ours else ""
-        print(f"rank {world.rank} of {world.size} failed {place}: {type(error).__name__}: {error}", file=sys.stderr,
-              flush=True)
+        signals.report(f"rank {world.rank} of {world.size} failed {place}: {type(error).__name__}: {error}")
         os._exit(1)
+    except SystemExit:  # a signal, which all ranks know of
+        shutdown()
+        raise
     shutdown()
 
 
-def setup(precision: str = "auto") -> World:
+def setup(precision: str = "auto", timeout: float = 30) -> World:
     """Joins the process group if torchrun started us: nccl on CUDA, gloo on CPU. precision: auto, fp32 or bf16."""
+    patience = timedelta(minutes=watch.PATIENT * timeout + 1)  # watch.py, which names a rank, is to be the first
     if precision == "auto":
         precision = "bf16" if torch.cuda.is_available() else "fp32"
     if torch.cuda.is_available():
@@ -92,6 +100,7 @@ def setup(precision: str = "auto") -> World:
             torch.set_float32_matmul_precision("high")
     if "RANK" not in os.environ:
         return World(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"), precision)
+    signals.end_with_parent()  # torchrun, killed, cannot end its ranks
     # Some defaults in these modules keep the group that exists when they are imported; so before there is one.
     importlib.import_module("torch.distributed.nn")
     importlib.import_module("torch.distributed.optim")
@@ -99,13 +108,12 @@ def setup(precision: str = "auto") -> World:
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-        # Evaluations end unevenly: more than the 10 minutes of the default.
-        dist.init_process_group("nccl", device_id=device, timeout=timedelta(hours=2))
+        dist.init_process_group("nccl", device_id=device, timeout=patience)
     else:
         device = torch.device("cpu")
         # torchrun gives each of several processes one thread; share the cores out instead.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=patience)
     return World(dist.get_rank(), dist.get_world_size(), device, precision)
 
 
@@ -128,18 +136,27 @@ def size() -> int:
 def broadcast(x: Tensor, source: int) -> None:
     """Rank `source`'s values, in place on the others."""
     if dist.is_initialized():
+        watch.collective()
         dist.broadcast(x.detach(), source)
 
 
 def barrier() -> None:
     if dist.is_initialized():
+        watch.collective()
         dist.barrier()
+
+
+def highest(number: int) -> int:
+    """The largest of all ranks' numbers."""
+    if not dist.is_initialized():
+        return number
+    numbers = torch.tensor([number], device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    return int(gather(numbers).max())
 
 
 def from_main(fact: bool) -> bool:
     """What rank 0 says; the others say False."""
-    device = "cuda" if dist.is_initialized() and dist.get_backend() == "nccl" else "cpu"
-    return bool(total(torch.tensor(int(fact), device=device)))
+    return bool(highest(int(fact)))
 
 
 def to_host(x: Tensor) -> Tensor:
@@ -160,6 +177,7 @@ def gather(x: Tensor) -> Tensor:
     """The rows of all ranks, in rank order; ranks may hold different numbers of rows.  [n, ..] -> [sum of n, ..]"""
     if not dist.is_initialized():
         return x
+    watch.collective()
     counts = [torch.zeros(1, dtype=torch.long, device=x.device) for _ in range(dist.get_world_size())]
     dist.all_gather(counts, torch.tensor([len(x)], device=x.device))
     longest = max(int(count) for count in counts)
@@ -174,6 +192,7 @@ def gather_objects(x) -> list:
     """Something small of every rank, in rank order."""
     if not dist.is_initialized():
         return [x]
+    watch.collective()
     found = [None] * dist.get_world_size()
     dist.all_gather_object(found, x)
     return found
@@ -182,6 +201,7 @@ def gather_objects(x) -> list:
 def total(x: Tensor) -> Tensor:
     """The sum over ranks."""
     if dist.is_initialized():
+        watch.collective()
         x = x.clone()
         dist.all_reduce(x)
     return x

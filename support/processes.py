@@ -3,7 +3,6 @@
 import fcntl
 import os
 import platform
-import signal
 import socket
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import torch
 import transformers
 
 from support.config import UserError
+from support.signals import end_with_parent
 
 
 def start(command: list[str], log: Path, environment: dict[str, str]) -> subprocess.Popen:
@@ -23,14 +23,6 @@ def start(command: list[str], log: Path, environment: dict[str, str]) -> subproc
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as output:
         return subprocess.Popen(command, stdout=output, stderr=output, env=environment, preexec_fn=end_with_parent)
-
-
-def end_with_parent() -> None:
-    """In the child: a killed parent takes it along, or the next parent would start the same work a second time."""
-    if sys.platform == "linux":
-        import ctypes
-
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 @contextmanager
