@@ -127,7 +127,7 @@ def learn(run, sampled, rewards, correct) -> None:
     config = run.config
     advantages = grpo.group_advantages(rewards, config.group_size, eps=config.grpo.advantage_eps)
     selection = steps.select(sampled, sampled.logprobs, advantages, config, seed=0)
-    batches = steps.micro_batches(sampled, advantages, correct, selection, run.reference, config, run.world)
+    batches = steps.MicroBatches(sampled, advantages, correct, selection, run.reference, config, run.world)
     steps.update(run.loss, run.optimizer, batches, selection, on_policy=True, world=run.world,
                  max_grad_norm=config.optimizer.max_grad_norm)
 
@@ -169,7 +169,7 @@ def measured_update(name: str, chunk: int, vocabulary: int = 151_936) -> tuple[f
     optimizer, loss = torch.optim.SGD(learning, lr=0.0), steps.MicroBatchLoss(policy, config, 1)
 
     def in_chunks():
-        batches = steps.micro_batches(sampled, advantages, advantages > 0, selection, reference, config, world)
+        batches = steps.MicroBatches(sampled, advantages, advantages > 0, selection, reference, config, world)
         steps.update(loss, optimizer, batches, selection, on_policy=True, world=world, max_grad_norm=1e9)
 
     def full_logits():

@@ -6,7 +6,6 @@ Shapes: B completions of this rank, C their padded length; N valid tokens of an 
 
 import copy
 import math
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from operator import attrgetter
@@ -23,10 +22,11 @@ import grpo
 import rollout
 import scope
 import toy
+from micro_batches import MicroBatch, MicroBatches
 from rewards import REWARDS
 from rollout import Rollout
-from support import distributed, models
-from support.config import require
+from support import distributed, memory, models, watch
+from support.config import UserError, require
 from support.models import hidden_states
 from support.optimizer import MasterAdamW
 
@@ -71,11 +71,17 @@ def set_up(config, problems: list[dict], world, *, weights: bool = True, trainin
     for parameter in policy.parameters():  # once: DDP makes them views of its buckets, and they stay that
         parameter.grad = torch.zeros_like(parameter)
     if torch.distributed.is_initialized():
-        device_ids = [world.device.index] if world.device.type == "cuda" else None
-        run.loss = DistributedDataParallel(run.loss, device_ids=device_ids, gradient_as_bucket_view=True)
+        run.loss = in_ranks(run.loss, world.device)
     run.optimizer = MasterAdamW(policy.named_parameters(), lr=config.optimizer.lr, offload=config.offload,
                                 weight_decay=config.optimizer.weight_decay)
     return run
+
+
+def in_ranks(loss_module, device) -> DistributedDataParallel:
+    """Nothing is sent but the gradients of the synchronised backward. Buffers are constants: to send them in a forward
+    would make the others wait for a rank that does its micro-batches again."""
+    return DistributedDataParallel(loss_module, device_ids=[device.index] if device.type == "cuda" else None,
+                                   gradient_as_bucket_view=True, forward_sync_buffers=False)
 
 
 def check_methods(config) -> None:
@@ -116,11 +122,9 @@ def sample(run: Run, problems: list[dict], rows: list[int], step: int) -> Rollou
     """Step 2: a completion for each problem; its row number decides its draws, whatever the number of ranks."""
     config = run.config
     with run.world.autocast():
-        return rollout.sample(
-            run.policy, data.prompt_ids(run.tokenizer, problems, config.prompt), rows, stop=run.stop,
-            max_new_tokens=config.max_new_tokens, temperature=config.temperature, seed=config.seed, step=step,
-            batch_size=config.rollout.batch_size, segment=config.rollout.segment,
-            collision=scope.STRATEGIES[config.selection.strategy].needs_collision)
+        return rollout.draw(
+            config, run.policy, data.prompt_ids(run.tokenizer, problems, config.prompt), rows, stop=run.stop,
+            seed=config.seed, step=step, collision=scope.STRATEGIES[config.selection.strategy].needs_collision)
 
 
 def reward(run: Run, problems: list[dict], sampled: Rollout) -> tuple[Tensor, Tensor, list[str]]:
@@ -132,8 +136,26 @@ def reward(run: Run, problems: list[dict], sampled: Rollout) -> tuple[Tensor, Te
 def grade(tokenizer, problems: list[dict], sampled: Rollout, grader: str) -> tuple[Tensor, list[str]]:
     """Whether each completion is correct [B] bool, which a truncated one is not, and the texts."""
     texts = rollout.decode(tokenizer, sampled)
-    verdicts = [data.is_correct(problem, text, grader) for problem, text in zip(problems, texts)]
+    verdicts = [verdict(problem, text, grader) for problem, text in zip(problems, texts)]
     return torch.tensor(verdicts, dtype=torch.bool, device=sampled.mask.device) & sampled.stopped, texts
+
+
+_told: set[str] = set()  # of what graders stumbled over
+
+
+def verdict(problem: dict, text: str, grader: str) -> bool:
+    """The grader's; False where it stumbles over a completion, and a warning, one for each kind of error."""
+    try:
+        return data.is_correct(problem, text, grader)
+    except UserError:
+        raise
+    except Exception as error:  # one completion of millions is to end no run
+        kind = type(error).__name__
+        if kind not in _told:
+            _told.add(kind)
+            tqdm.write(f"warning: the grader raised {kind}: {error}, at {str(problem)[:200]} with the completion "
+                       f"{text[-200:]!r}; it counts as wrong, and so will others without a warning")
+        return False
 
 
 # ---------------------------------------------------------------- 5
@@ -175,83 +197,6 @@ def select(current: Rollout, old_logprobs: Tensor, advantages: Tensor, config, s
 
 
 # ---------------------------------------------------------------- 6
-
-
-@dataclass
-class MicroBatch:
-    """Some rows of this rank's rollout, packed (Rollout.pack); n valid completion tokens, flat."""
-
-    tokens: Tensor  # [b, T]
-    predicts: Tensor  # [b, T] bool, n of them
-    targets: Tensor  # [n]
-    old_logprobs: Tensor  # [n], before the step's first update
-    advantages: Tensor  # [n]
-    weight: Tensor  # [n], the objective's normaliser
-    sequence_weight: Tensor  # [n]
-    marked: Tensor  # [n] bool
-    correct: Tensor  # [n] bool
-    selected: Tensor  # [n] bool
-    compared: Tensor  # [n] bool: tokens at which the reference is needed, m of them
-    reference_hidden: Tensor | None  # [m, hidden size]
-    reference_head: torch.nn.Module | None
-
-
-def micro_batches(
-    sampled: Rollout, advantages: Tensor, correct: Tensor, selection: Selection, reference, config, world
-) -> Iterator[tuple[MicroBatch, bool]]:
-    """This rank's rows in micro-batches of similar length, and whether each is the last.
-
-    Rows without any gradient are left out. At least one micro-batch comes all the same: every rank has to take
-    part in DDP's one synchronised backward. The reference model runs before the first, on rows where it is needed.
-    """
-    mask, lengths, objective = sampled.mask, sampled.lengths, grpo.OBJECTIVES[config.objective]
-    counted, num_counted = mask, len(selection.flat["marked"])
-    if objective.mean_over_marked:
-        counted, num_counted = selection.marked, int(selection.flat["marked"].sum())
-    completions = float(distributed.total(torch.tensor(len(mask), device=mask.device)))
-    sequence_weight = 1 / (lengths * completions)
-    if config.grpo.normaliser == "sequence":
-        weight = 1 / (counted.sum(dim=1).clamp(min=1) * completions)
-    else:
-        weight = torch.full_like(sequence_weight, 1 / max(num_counted, 1))
-
-    compared = mask if config.grpo.kl_coef > 0 else selection.selected
-    has_gradient = (advantages != 0) | compared.any(dim=1) | objective.other_rows(selection.marked, correct)
-    if config.grpo.entropy_coef > 0:
-        has_gradient[:] = True
-    place, reference_states = torch.zeros_like(mask, dtype=torch.long), None
-    if compared.any():
-        place[compared] = torch.arange(int(compared.sum()), device=mask.device)
-        reference_states = states_of(reference, sampled, compared, place, config, world)
-    parts = list(sampled.cut(has_gradient.nonzero().squeeze(1).tolist() or [0], config))
-    for part in parts:
-        tokens, predicts = sampled.pack(part)
-        valid, reference_hidden = mask[part], None
-        if compared[part].any():
-            reference_hidden = reference_states[place[part][compared[part]]]
-
-        def flat(values: Tensor, part=part, valid=valid) -> Tensor:
-            values = values[part]
-            return (values[:, None].expand_as(valid) if values.ndim == 1 else values)[valid]
-
-        yield MicroBatch(
-            tokens, predicts, flat(sampled.tokens), flat(sampled.logprobs), flat(advantages), flat(weight),
-            flat(sequence_weight), flat(selection.marked), flat(correct), flat(selection.selected), flat(compared),
-            reference_hidden, reference.get_output_embeddings() if reference is not None else None,
-        ), part is parts[-1]
-
-
-@torch.no_grad()
-def states_of(reference, sampled: Rollout, compared: Tensor, place: Tensor, config, world) -> Tensor:
-    """Hidden states of the reference [m, hidden size] that predict the m compared tokens; place [B, C] says which."""
-    states = None
-    with models.visiting(reference, world.device), world.autocast():
-        for part in sampled.cut(compared.any(dim=1).nonzero().squeeze(1).tolist(), config):
-            tokens, predicts = sampled.pack(part)
-            hidden = hidden_states(reference, tokens)[predicts][compared[part][sampled.mask[part]]]
-            states = hidden.new_zeros(int(compared.sum()), hidden.shape[1]) if states is None else states
-            states[place[part][compared[part]]] = hidden
-    return states
 
 
 class MicroBatchLoss(torch.nn.Module):
@@ -318,29 +263,46 @@ class MicroBatchLoss(torch.nn.Module):
 
 
 def update(
-    loss_module, optimizer, batches, selection: Selection, *, on_policy: bool, world, max_grad_norm: float
+    loss_module, optimizer, batches: MicroBatches, selection: Selection, *, on_policy: bool, world, max_grad_norm: float
 ) -> dict[str, float]:
     """Step 6: one optimizer update from the gradient of all micro-batches of all ranks."""
     num_tokens, num_selected = len(selection.flat["selected"]), int(selection.flat["selected"].sum())
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    optimizer.zero_grad(set_to_none=False)  # None would make a second set of gradients beside DDP's buckets
-    totals = torch.zeros(6, device=world.device)
-    for batch, is_last in batches:
-        without_sync = hasattr(loss_module, "no_sync") and not is_last
-        with loss_module.no_sync() if without_sync else nullcontext():
-            with world.autocast():
-                loss, sums = loss_module(batch, num_tokens, num_selected, on_policy)
-            loss.backward()
-        totals += sums
+
+    def backward(batch) -> Tensor:
+        """Adds to the gradient; returns the sums over tokens."""
+        with world.autocast():
+            loss, sums = loss_module(batch, num_tokens, num_selected, on_policy)
+        loss.backward()
+        return sums
+
+    def accumulate() -> tuple[Tensor, object]:
+        """All but the synchronised micro-batch, which is returned: no rank waits, so this one may do it again."""
+        optimizer.zero_grad(set_to_none=False)  # None would make a second set of gradients beside DDP's buckets
+        totals = torch.zeros(6, device=world.device)
+        for batch, synchronised in batches:
+            if synchronised:
+                return totals, batch
+            totals += backward(batch)
+        return totals, None
+
+    with loss_module.no_sync() if hasattr(loss_module, "no_sync") else nullcontext():
+        totals, last = memory.retried(accumulate, lambda: batches.halve())
+    if last is not None:
+        watch.collective()
+        totals += backward(last)
+    totals = distributed.total(totals)
     norms = [torch.linalg.vector_norm(p.grad, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
     norm = torch.stack(norms).norm()  # of bf16 gradients too in fp32
     torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
     grad_norm = float(norm)
-    loss, penalty, clip_frac, drift, kl_old, scored = distributed.total(totals).tolist()
-    if math.isfinite(grad_norm):
+    loss, penalty, clip_frac, drift, kl_old, scored = totals.tolist()
+    finite = math.isfinite(grad_norm) and math.isfinite(loss)  # the same on every rank
+    if finite:
         optimizer.step()
-    elif world.is_main:  # the same on every rank: gradients are averaged before this point
-        tqdm.write(f"warning: the gradient is not finite ({grad_norm}); this update is skipped")
-    metrics = {"loss": loss, "grad_norm": grad_norm, "clip_frac": clip_frac, "kl/selected": penalty}
+    elif world.is_main:
+        tqdm.write(f"warning: the loss ({loss}) or its gradient ({grad_norm}) is not finite; this update is skipped")
+    metrics = {"loss": loss, "grad_norm": grad_norm, "clip_frac": clip_frac, "kl/selected": penalty,
+               "update/skipped": float(not finite)}
     # Means over the tokens that were scored: rows without gradient were left out.
     return metrics | ({"logprob_drift": drift / max(scored, 1)} if on_policy else {"kl_old": kl_old / max(scored, 1)})

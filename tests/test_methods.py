@@ -102,7 +102,7 @@ def two_steps(config, reference):
             own, on_policy = sampled[rows], rows.start == 0
             current = own if on_policy else rollout.rescore(policy, own, config, ALONE)
             selection = steps.select(current, own.logprobs, advantages[rows], config, seed=step)
-            batches = steps.micro_batches(own, advantages[rows], correct[rows], selection, reference, config, ALONE)
+            batches = steps.MicroBatches(own, advantages[rows], correct[rows], selection, reference, config, ALONE)
             metrics = steps.update(objective, optimizer, batches, selection, on_policy=on_policy, world=ALONE,
                                    max_grad_norm=1.0)
             yield metrics | train.selection_metrics(selection.flat, config)

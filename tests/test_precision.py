@@ -40,7 +40,7 @@ def one_update(precision, *, reference_seed, offload=False):
                              seed=0, step=0)
     advantages = grpo.group_advantages(by_length(sampled, range(32)), 4)
     selection = steps.select(sampled, sampled.logprobs, advantages, config, seed=0)
-    batches = steps.micro_batches(sampled, advantages, advantages > 0, selection, reference, config, world)
+    batches = steps.MicroBatches(sampled, advantages, advantages > 0, selection, reference, config, world)
     loss = steps.MicroBatchLoss(policy, config, 1)
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
     metrics = steps.update(loss, optimizer, batches, selection, on_policy=True, world=world, max_grad_norm=1e9)

@@ -27,7 +27,7 @@ LEVELS = [
     {"completions"},
     {"step"},
     {"toy"},
-    {"data"},
+    {"data", "micro_batches"},
     {"rollout", "rewards"},
     {"grpo"},
     {"scope", "grading"},

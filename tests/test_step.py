@@ -16,6 +16,7 @@ import step as steps
 import toy
 import train
 from support import distributed
+from support.checks import Halted
 from support.distributed import World
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -132,7 +133,7 @@ def test_gradients_stay_in_the_buckets_of_ddp(tmp_path, monkeypatch):
             sampled = steps.sample(run, asked, rows, step)
             advantages = grpo.group_advantages(by_length(sampled, rows), 4)
             selection = steps.select(sampled, sampled.logprobs, advantages, config, 0)
-            batches = steps.micro_batches(sampled, advantages, advantages > 0, selection, run.reference, config, ALONE)
+            batches = steps.MicroBatches(sampled, advantages, advantages > 0, selection, run.reference, config, ALONE)
             steps.update(run.loss, run.optimizer, watched(batches), selection, on_policy=True, world=ALONE,
                          max_grad_norm=1.0)
             assert len(seen) >= 4 and all(now == places() for now in seen[1:])
@@ -140,6 +141,16 @@ def test_gradients_stay_in_the_buckets_of_ddp(tmp_path, monkeypatch):
         run = None
     finally:
         distributed.shutdown()
+
+
+def test_no_memory_for_one_completion_is_told():
+    sampled = rollout.from_completions([[2, 3]] * 3, [[4], [5, 6], [7, 8, 9]], "cpu")
+    selection = made_up_selection(sampled)
+    batches = steps.MicroBatches(sampled, torch.ones(3), None, selection, None, config_of(), ALONE)
+    batches.halve()
+    assert batches.config.micro_batch_tokens == 3 * 5 // 2
+    with pytest.raises(Halted, match="with one completion at a time: give gradient_checkpointing=true"):
+        batches.halve()
 
 
 def made_up_selection(sampled, selected=None):
@@ -161,18 +172,17 @@ def test_rows_without_effect_are_left_out():
     def rows(*arguments):
         config = config_of("micro_batch_size=2", *arguments)
         selection = made_up_selection(sampled, selected)
-        return list(steps.micro_batches(sampled, advantages, correct, selection, policy, config, ALONE))
+        return list(steps.MicroBatches(sampled, advantages, correct, selection, policy, config, ALONE))
 
     batches = rows()
-    assert sum(len(batch.tokens) for batch, _ in batches) == 3
-    assert [is_last for _, is_last in batches] == [False, True]
+    assert [(len(batch.tokens), synchronised) for batch, synchronised in batches] == [(1, False), (2, False)]
     assert sum(len(batch.reference_hidden) for batch, _ in batches if batch.reference_hidden is not None) == 1
     assert sum(len(batch.tokens) for batch, _ in rows("objective=div")) == 4  # and the correct row
     marked = torch.zeros_like(sampled.mask)
     marked[7, 0] = True
     kl_cov = config_of("micro_batch_size=2", "objective=kl_cov")
     selection = steps.Selection(selected, marked, made_up_selection(sampled, selected).flat)
-    batches = steps.micro_batches(sampled, advantages, correct, selection, policy, kl_cov, ALONE)
+    batches = steps.MicroBatches(sampled, advantages, correct, selection, policy, kl_cov, ALONE)
     assert sum(len(batch.tokens) for batch, _ in batches) == 4  # and the marked row
     for everywhere in ("grpo.kl_coef=0.1", "grpo.entropy_coef=0.1"):
         assert sum(len(batch.tokens) for batch, _ in rows(everywhere)) == 8
@@ -189,7 +199,7 @@ def test_a_bandit_learns_the_rewarded_token():
         rewards = (sampled.tokens[:, 0] % 4 == 3).float()
         advantages = grpo.group_advantages(rewards, 64)
         selection = made_up_selection(sampled)
-        batches = steps.micro_batches(sampled, advantages, rewards > 0, selection, None, config, ALONE)
+        batches = steps.MicroBatches(sampled, advantages, rewards > 0, selection, None, config, ALONE)
         steps.update(objective, optimizer, batches, selection, on_policy=True, world=ALONE, max_grad_norm=1.0)
         with torch.no_grad():
             probs = torch.softmax(policy(torch.tensor([[2, 3]])).logits[0, -1], dim=0)
@@ -207,7 +217,7 @@ def test_a_gradient_that_is_not_finite_is_skipped():
             return sum(p.sum() for p in policy.parameters()) * float("nan"), torch.zeros(6)
 
     selection = steps.Selection(None, None, {"selected": torch.zeros(1, dtype=torch.bool)})
-    steps.update(Broken(), optimizer, [(None, True)], selection, on_policy=True, world=ALONE, max_grad_norm=1.0)
+    steps.update(Broken(), optimizer, [(None, False)], selection, on_policy=True, world=ALONE, max_grad_norm=1.0)
     assert all(torch.equal(p, before[name]) for name, p in policy.named_parameters())
 
 
@@ -226,7 +236,7 @@ def test_under_autocast_the_reference_rounds_like_the_policy():
                              step=0)
     advantages = grpo.group_advantages(torch.arange(8.0), 4)
     selection = steps.select(sampled, sampled.logprobs, advantages, config, seed=0)
-    batches = steps.micro_batches(sampled, advantages, advantages > 0, selection, policy, config, world)
+    batches = steps.MicroBatches(sampled, advantages, advantages > 0, selection, policy, config, world)
     objective, optimizer = steps.MicroBatchLoss(policy, config, 1), torch.optim.SGD(policy.parameters(), lr=0.0)
     metrics = steps.update(objective, optimizer, batches, selection, on_policy=True, world=world, max_grad_norm=1.0)
     assert selection.selected.any() and metrics["kl/selected"] == 0
@@ -240,7 +250,7 @@ def test_drift_is_a_mean_over_the_tokens_scored():
     sampled.logprobs += 0.5
     advantages = torch.tensor([0, 0, 0, 0, 1.0, -1.0, 0, 0])
     selection = made_up_selection(sampled)
-    batches = steps.micro_batches(sampled, advantages, advantages > 0, selection, None, config, ALONE)
+    batches = steps.MicroBatches(sampled, advantages, advantages > 0, selection, None, config, ALONE)
     objective, optimizer = steps.MicroBatchLoss(policy, config, 1), torch.optim.SGD(policy.parameters(), lr=0.0)
     metrics = steps.update(objective, optimizer, batches, selection, on_policy=True, world=ALONE, max_grad_norm=1.0)
     assert metrics["logprob_drift"] == pytest.approx(0.5, abs=1e-4)

@@ -46,7 +46,7 @@ def test_family(family, tmp_path):
     torch.testing.assert_close(scored.logprobs, sampled.logprobs, rtol=0, atol=2e-4)
     advantages = grpo.group_advantages(torch.arange(24.0) % 5, 2)
     selection = steps.select(sampled, sampled.logprobs, advantages, config, seed=0)
-    batches = steps.micro_batches(sampled, advantages, advantages > 0, selection, reference, config, ALONE)
+    batches = steps.MicroBatches(sampled, advantages, advantages > 0, selection, reference, config, ALONE)
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.01)
     metrics = steps.update(steps.MicroBatchLoss(policy, config, 1), optimizer, batches, selection, on_policy=True,
                            world=ALONE, max_grad_norm=1.0)

@@ -158,7 +158,7 @@ def test_memory_against_live_tensors(family, checkpointing, chunk, strategy, pre
     known = [*policy.parameters(), *reference.parameters(), *policy.buffers(), *reference.buffers(), *state,
              *(parameter.grad for parameter in policy.parameters())]
     with Live(known) as update:
-        batches = steps.micro_batches(sampled, advantages, advantages > 0, selection, reference, config, world)
+        batches = steps.MicroBatches(sampled, advantages, advantages > 0, selection, reference, config, world)
         loss = steps.MicroBatchLoss(policy, config, 1)
         steps.update(loss, optimizer, batches, selection, on_policy=True, world=world, max_grad_norm=1.0)
     with Live(known) as sampling, world.autocast():
