@@ -5,6 +5,7 @@ import time
 import torch
 from torch import Tensor
 
+import rollout
 import scope
 from rollout import Rollout
 from support import distributed
@@ -70,3 +71,10 @@ def mean_of(rows: list[dict[str, float]]) -> dict[str, float]:
     names = dict.fromkeys(name for row in rows for name in row)
     values = {name: [row[name] for row in rows if name in row] for name in names}
     return {name: sum(found) / len(found) for name, found in values.items()}
+
+
+def is_finite(run, sampled: Rollout) -> bool:
+    """Whether the weights, and the log-probabilities that they give to completions of this step, are finite numbers."""
+    scored = rollout.rescore(run.policy, sampled[: run.config.group_size], run.config, run.world)
+    values = [scored.logprobs[scored.mask], *run.policy.parameters()]
+    return not distributed.highest(int(not all(value.isfinite().all() for value in values)))

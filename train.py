@@ -5,7 +5,7 @@
     torchrun --nproc_per_node=4 train.py model=Qwen/Qwen2.5-1.5B gradient_checkpointing=true micro_batch_size=4 ...
 
 One step, with the numbers that README and the comments below use:
-  1 problems   2 rollouts   3 rewards   4 advantages   5 selection   6 update   7 log, evaluate, save
+  1 problems   2 rollouts   3 rewards   4 advantages   5 selection   6 update   7 log, save, evaluate
 """
 
 import sys
@@ -34,9 +34,10 @@ import grpo
 import rollout
 import scope
 import step as steps
-from metrics import Stopwatch, mean_of, rollout_metrics, selection_metrics
+from metrics import Stopwatch, is_finite, mean_of, rollout_metrics, selection_metrics
 from rollout import Rollout
-from support import card, checkpoint, distributed, memory, models, processes, runs
+from support import card, checkpoint, distributed, memory, models, processes, runs, signals, watch
+from support.checks import Halted
 from support.files import file_name, json_sum, replace_folder, replace_text
 
 
@@ -52,17 +53,21 @@ def train(config, keys: dict, folder: Path, problems: list, heldout: dict[str, l
     start = checkpoint.step_of(saved) if saved else 0
     log = runs.Log(folder, keys, start, active=world.is_main)
     log.print(introduction(folder, run))
+    signals.way_on = f"{'python' if world.size == 1 else 'torchrun ...'} train.py name={folder.name} resume=true"
     base = base_evaluations(run, heldout, folder, resumed=start > 0)  # as long as the policy is the base model
     if saved:
         checkpoint.load(saved, run)
+        if evaluation_due(start, config) and distributed.from_main(world.is_main and not log.has_evaluation(start)):
+            evaluate_between(run, heldout, start, log)  # it was stopped in that one
     else:
         log.metrics({"step": 0} | evaluation_metrics(base))
-    main_file = next(iter(heldout))
-    updates = config.grpo.updates_per_rollout
+    updates, bad_steps = config.grpo.updates_per_rollout, 0
 
     for step in tqdm(range(start, config.steps), desc="training", initial=start, total=config.steps, unit="step",
                      disable=world.no_bar):
         clock = Stopwatch()
+        signals.finish(f"step {step + 1}")
+        watch.phase(f"the rollouts of step {step + 1}")
 
         # 1 problems, of this rank
         asked, rows = steps.draw_problems(run, step)
@@ -77,6 +82,7 @@ def train(config, keys: dict, folder: Path, problems: list, heldout: dict[str, l
         # 4 advantages: groups are whole on a rank
         advantages = grpo.group_advantages(rewards, config.group_size, eps=config.grpo.advantage_eps)
 
+        watch.phase(f"the update of step {step + 1}")
         if updates > 1:  # ratios to come are then free of what the sampler's cache and padding round differently
             sampled = rollout.rescore(run.policy, sampled, config, world)
         set_rate(run.optimizer, learning_rate(step, config))
@@ -91,25 +97,40 @@ def train(config, keys: dict, folder: Path, problems: list, heldout: dict[str, l
             clock.lap("select")
 
             # 6 update
-            batches = steps.micro_batches(sampled[own], advantages[own], correct[own], selection, run.reference,
+            batches = steps.MicroBatches(sampled[own], advantages[own], correct[own], selection, run.reference,
                                           config, world)
             metrics = steps.update(run.loss, run.optimizer, batches, selection, on_policy=part == 0, world=world,
                                    max_grad_norm=config.optimizer.max_grad_norm)
             history.append(metrics | selection_metrics(selection.flat, config))
             clock.lap("update")
 
-        # 7 log, evaluate, save
+        # 7 log, save, evaluate
         metrics = {"step": step + 1} | rollout_metrics(sampled, rewards, correct, advantages, config.group_size)
         metrics |= mean_of(history) | {"lr": learning_rate(step, config), "mem_gb": distributed.peak_memory(world)}
         metrics |= clock.times
         log.metrics(metrics)
-        if config.evaluation.every and (step + 1) % config.evaluation.every == 0 and step + 1 < config.steps:
-            between = evaluated(run, heldout[main_file], config.evaluation.samples_between, "evaluation")
-            log.metrics({"step": step + 1} | evaluation_metrics({main_file: between}))
         if (step + 1) % config.log_every == 0 or step == 0:
             print_step(log, metrics, run, sampled, texts, rewards)
-        if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
-            checkpoint.save(folder, step + 1, run)
+        bad_steps = bad_steps + 1 if metrics["update/skipped"] == 1 else 0
+        if bad_steps == config.max_bad_steps:
+            give_up(folder, step + 1, run, sampled, texts, rewards,
+                    f"{bad_steps} steps in a row had no finite loss and gradient")
+        watch.phase(f"the save after step {step + 1}", patient=True)
+        stop, last = distributed.highest(signals.asked), step + 1 == config.steps
+        if stop or last or (step + 1) % config.save_every == 0 or evaluation_due(step + 1, config):
+            if is_finite(run, sampled):
+                checkpoint.save(folder, step + 1, run)
+            elif last or stop:
+                give_up(folder, step + 1, run, sampled, texts, rewards, "the weights give no finite log-probabilities")
+            else:
+                log.print(f"warning: step {step + 1} is not saved, for the weights give no finite log-probabilities")
+            stop = distributed.highest(signals.asked)
+        if stop:
+            log.close()
+            signals.leave(stop, f"step {step + 1} is finished and saved")
+        signals.finish("")
+        if evaluation_due(step + 1, config):
+            evaluate_between(run, heldout, step + 1, log)
 
     trained = {file: evaluated(run, own, config.evaluation.samples, "evaluation of the trained model")
                for file, own in heldout.items()}
@@ -139,8 +160,32 @@ def set_rate(optimizer, rate: float) -> None:
 # ---------------------------------------------------------------- 7 evaluations and logs
 
 
+def give_up(folder: Path, step: int, run, sampled: Rollout, texts: list[str], rewards: Tensor, reason: str) -> None:
+    """The end of a run whose numbers are not finite, with the step's rollouts written for a look."""
+    file = folder / (f"bad-step-{step}" + f"-rank{run.world.rank}" * (run.world.size > 1) + ".jsonl")
+    lines = [{"prompt": run.tokenizer.decode(prompt), "completion": text, "reward": reward, "logprobs": logprobs[mask]
+              .tolist()} for prompt, text, reward, logprobs, mask in zip(
+                  sampled.prompts, texts, rewards.tolist(), sampled.logprobs, sampled.mask)]
+    replace_text(file, "".join(json.dumps(line) + "\n" for line in lines))
+    distributed.barrier()
+    raise Halted(f"step {step}: {reason}; {file} has the completions; the last save holds finite weights, if "
+                         f"there is one; lower optimizer.lr={run.config.optimizer.lr}, or look for what is not finite")
+
+
 def evaluated(run, heldout: list, samples: int, title: str) -> evaluate.Evaluation:
+    watch.phase(f"the {title}", patient=True)
     return evaluate.evaluate(run.policy, run.tokenizer, heldout, run.world, run.config, samples=samples, title=title)
+
+
+def evaluation_due(steps_done: int, config) -> bool:
+    """Whether an evaluation in between follows; it can be stopped at once, for what is evaluated was saved before."""
+    return config.evaluation.every > 0 and steps_done % config.evaluation.every == 0 and 0 < steps_done < config.steps
+
+
+def evaluate_between(run, heldout: dict[str, list], steps_done: int, log) -> None:
+    main_file = next(iter(heldout))
+    between = evaluated(run, heldout[main_file], run.config.evaluation.samples_between, "evaluation")
+    log.metrics({"step": steps_done} | evaluation_metrics({main_file: between}))
 
 
 def base_evaluations(run, heldout: dict[str, list], folder: Path, *, resumed: bool) -> dict[str, evaluate.Evaluation]:
@@ -209,6 +254,8 @@ def print_step(log, metrics: dict, run, sampled: Rollout, texts: list[str], rewa
     log.print(f"step {metrics['step']}: reward {metrics['reward/mean']:.3f}, "
               f"accuracy {metrics['reward/accuracy']:.3f}, entropy {metrics['entropy']:.3f}, "
               f"{selected}length {metrics['length/mean']:.1f}")
+    if metrics["group/frac_zero_std"] == 1:
+        log.print("  no group's rewards differ: this step teaches nothing")
     if metrics["length/frac_truncated"] > 0.5:
         log.print(f"  warning: {metrics['length/frac_truncated']:.0%} of the completions are truncated: raise "
                   f"max_new_tokens={run.config.max_new_tokens}, or see docs/questions.md on stop ids")
@@ -284,7 +331,9 @@ def main(keys: dict) -> None:
             dry_run(config, keys, problems, heldout)
         return
     rank = int(os.environ.get("RANK", "0"))
-    with processes.only_one(folder / "lock", rank), distributed.joined(config.precision) as world:
+    with processes.only_one(folder / "lock", rank), distributed.joined(
+            config.precision, config.distributed_timeout) as world, watch.watching(
+            folder / "ranks", world.rank, world.size, 60 * config.distributed_timeout, distributed.barrier):
         if config.fit_batches and world.device.type == "cuda":
             _, _, needed = foreseen(config, problems, heldout, world.size)
             words = memory.fit(0.9 * torch.cuda.mem_get_info()[0], config, needed)

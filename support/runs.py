@@ -17,7 +17,7 @@ from support.trackers import trackers
 # Keys that a resumed run may give anew: they change speed, memory or what is written, not the training.
 MAY_DIFFER = {"resume", "name", "recipe", "dry_run", "micro_batch_size", "micro_batch_tokens", "logits_chunk",
               "offload", "fit_batches", "gradient_checkpointing", "rollout.batch_size", "rollout.segment", "log_every",
-              "save_every", "keep", "log.wandb", "log.tensorboard"}
+              "save_every", "keep", "log.wandb", "log.tensorboard", "max_bad_steps", "distributed_timeout"}
 WRITTEN = {"config.yaml", "metrics.jsonl", "samples.jsonl", "base_evaluation", "checkpoints", "checkpoint", "model",
            "evaluation.json"}  # by a run, the first one first
 
@@ -127,6 +127,9 @@ class Log:
     def stays(self, row: dict, start: int) -> bool:
         final = row["step"] == self.keys["steps"] and row.keys().isdisjoint({"loss", "completion"})
         return row["step"] <= start and not final
+
+    def has_evaluation(self, step: int) -> bool:
+        return any(row["step"] == step and "loss" not in row for row in read_log(self.folder / "metrics.jsonl"))
 
     def metrics(self, row: dict) -> None:
         self._append("metrics.jsonl", row)

@@ -1,0 +1,118 @@
+"""Runs in a world that misbehaves: signals, numbers that are not finite, graders that stumble."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import ROOT, SMALL, metrics_of
+from transformers import AutoModelForCausalLM
+
+import step as steps
+import train
+from support import config as configs
+from support import signals
+from support.checks import Halted
+
+
+@pytest.fixture
+def in_tmp(tmp_path, monkeypatch):
+    """A working folder of its own, and a reward that a random model earns now and then."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("data.is_correct", lambda problem, text, grader: "1" in text)
+    return tmp_path
+
+
+def weights_of(name):
+    return AutoModelForCausalLM.from_pretrained(Path("runs") / name / "model").state_dict()
+
+
+@pytest.mark.parametrize("when", ["in step 3", "in an evaluation"])
+def test_stopped_by_a_signal_and_resumed_is_the_unbroken_run(in_tmp, monkeypatch, capsys, when):
+    """A step is finished and saved; what was saved before an evaluation is evaluated later."""
+    words = [*SMALL, "save_every=4"]
+    train.main(configs.training_keys([*words, "name=whole"]))
+    problems, evaluate = steps.step_problems, train.evaluate.evaluate
+
+    def stopped(all, step, **named):
+        if step == 2:
+            monkeypatch.setattr(signals, "asked", signal.SIGTERM)  # as the thread that hears it does
+        return problems(all, step, **named)
+
+    def stopped_at_once(*arguments, title, **named):
+        if title == "evaluation":
+            raise SystemExit(143)
+        return evaluate(*arguments, title=title, **named)
+
+    with monkeypatch.context() as patch:
+        if when == "in step 3":
+            patch.setattr(steps, "step_problems", stopped)
+        else:
+            patch.setattr(train.evaluate, "evaluate", stopped_at_once)
+        with pytest.raises(SystemExit) as ended:
+            train.main(configs.training_keys([*words, "name=stopped"]))
+    assert ended.value.code == 143
+    assert [row["step"] for row in metrics_of("stopped")] == ([0, 1, 2, 2, 3] if when == "in step 3" else [0, 1, 2])
+    monkeypatch.setattr(signals, "asked", 0)
+    train.main(configs.training_keys(["name=stopped", "resume=true"]))
+    assert metrics_of("stopped") == metrics_of("whole")
+
+
+def test_a_real_run_that_is_terminated(tmp_path):
+    """SIGTERM to the command itself."""
+    command = [sys.executable, ROOT / "train.py", *SMALL, "steps=100000", "evaluation.every=0", "save_every=100000",
+               "name=run"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (line := process.stdout.readline()).startswith("step 2"):
+        assert line, process.communicate()
+    process.terminate()
+    _, told = process.communicate(timeout=100)
+    assert process.returncode == 143
+    last = len(metrics_of(tmp_path / "runs" / "run")) - 1
+    assert told.splitlines() == [
+        f"SIGTERM: finishing step {last}, then saving; again to stop at once",
+        f"SIGTERM: step {last} is finished and saved; to go on: python train.py name=run resume=true"]
+
+
+def test_numbers_that_are_not_finite_are_not_saved(in_tmp, monkeypatch, capsys):
+    """From step 3 on the rate is far too high. Three steps without a loss end the run; the save of step 2 stays."""
+    rate = train.learning_rate
+    monkeypatch.setattr(train, "learning_rate", lambda step, config: rate(step, config) if step < 2 else 1e20)
+    words = [*SMALL, "save_every=1", "evaluation.every=0", "steps=7", "reward=trajectory_likelihood"]
+    with pytest.raises(Halted, match="step 6: 3 steps in a row .* lower optimizer.lr") as ended:
+        train.main(configs.training_keys([*words, "name=broken"]))
+    assert ended.value.status == 1
+    rows = metrics_of("broken")[1:]
+    assert [row["update/skipped"] for row in rows] == [0, 0, 0, 1, 1, 1] and rows[-1]["loss"] is None
+    lines = Path("runs/broken/bad-step-6.jsonl").read_text().splitlines()
+    assert len(lines) == 16 and json.loads(lines[0]).keys() == {"prompt", "completion", "reward", "logprobs"}
+    assert "warning: step 3 is not saved, for the weights give no finite" in capsys.readouterr().out
+    monkeypatch.setattr(train, "learning_rate", rate)
+    train.main(configs.training_keys(["name=broken", "resume=true"]))
+    train.main(configs.training_keys([*words, "name=whole"]))
+    assert metrics_of("broken") == metrics_of("whole")
+    for name, weight in weights_of("whole").items():
+        assert torch.equal(weight, weights_of("broken")[name])
+
+
+def test_a_last_step_that_is_not_finite_leaves_no_model(in_tmp):
+    with pytest.raises(Halted, match="step 1: the weights give no finite log-probabilities"):
+        train.main(configs.training_keys([*SMALL, "steps=1", "optimizer.lr=1e20", "reward=trajectory_likelihood",
+                                          "name=broken"]))
+    assert not {"model", "checkpoint", "checkpoints"} & {path.name for path in (in_tmp / "runs" / "broken").iterdir()}
+
+
+def test_a_grader_that_stumbles_ends_no_run(in_tmp, monkeypatch, capsys):
+    """The completion counts as wrong; a warning names it, once for each kind of error. No group differs: told too."""
+    def grader(problem, text, name):
+        raise ZeroDivisionError("inside the grader")
+
+    monkeypatch.setattr("data.is_correct", grader)
+    train.main(configs.training_keys([*SMALL, "steps=2", "name=graded"]))
+    printed = capsys.readouterr().out
+    assert printed.count("the grader raised ZeroDivisionError: inside the grader, at {'numbers'") == 1
+    assert all(row["reward/accuracy"] == 0 for row in metrics_of("graded") if "loss" in row)
+    assert printed.count("no group's rewards differ: this step teaches nothing") == 2
