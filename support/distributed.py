@@ -108,13 +108,22 @@ def setup(precision: str = "auto", timeout: float = 30) -> World:
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=device, timeout=patience)
+        dist.init_process_group("nccl", device_id=device, timeout=patience, **meeting(patience))
     else:
         device = torch.device("cpu")
         # torchrun gives each of several processes one thread; share the cores out instead.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
-        dist.init_process_group("gloo", timeout=patience)
+        dist.init_process_group("gloo", timeout=patience, **meeting(patience))
     return World(dist.get_rank(), dist.get_world_size(), device, precision)
+
+
+def meeting(patience: timedelta) -> dict:
+    """Where ranks find each other: a place of its own for each start, for torchrun --max-restarts keeps one store, and
+    addresses of ranks that were killed stand in it. (Several torchruns count their restarts apart.)"""
+    store, number, ranks = next(dist.rendezvous("env://", timeout=patience))
+    if os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:
+        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    return {"store": store, "rank": number, "world_size": ranks}
 
 
 def shutdown() -> None:
