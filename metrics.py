@@ -5,10 +5,11 @@ import time
 import torch
 from torch import Tensor
 
-import rollout
+import grpo
 import scope
 from rollout import Rollout
 from support import distributed
+from support.models import hidden_states
 
 
 class Stopwatch:
@@ -74,7 +75,15 @@ def mean_of(rows: list[dict[str, float]]) -> dict[str, float]:
 
 
 def is_finite(run, sampled: Rollout) -> bool:
-    """Whether the weights, and the log-probabilities that they give to completions of this step, are finite numbers."""
-    scored = rollout.rescore(run.policy, sampled[: run.config.group_size], run.config, run.world)
-    values = [scored.logprobs[scored.mask], *run.policy.parameters()]
+    """Whether the weights are finite numbers, and the log-probabilities and the gradient that they give a completion of
+    each rank: norms can hide weights of any size in a forward. Gradients are overwritten."""
+    head, (tokens, predicts) = run.policy.get_output_embeddings(), sampled.pack([0])
+    run.optimizer.zero_grad(set_to_none=False)
+    with run.world.autocast():
+        logprobs = grpo.in_chunks(
+            lambda h, y: grpo.token_logprobs(head(h), y, temperature=run.config.temperature),
+            hidden_states(run.policy, tokens)[predicts], sampled.tokens[0][sampled.mask[0]],
+            size=run.config.logits_chunk)
+    logprobs.sum().backward()  # of the policy itself, not of DDP: nothing is sent
+    values = [logprobs, *run.policy.parameters(), *(p.grad for p in run.policy.parameters())]
     return not distributed.highest(int(not all(value.isfinite().all() for value in values)))

@@ -121,9 +121,9 @@ def train(config, keys: dict, folder: Path, problems: list, heldout: dict[str, l
             if is_finite(run, sampled):
                 checkpoint.save(folder, step + 1, run)
             elif last or stop:
-                give_up(folder, step + 1, run, sampled, texts, rewards, "the weights give no finite log-probabilities")
+                give_up(folder, step + 1, run, sampled, texts, rewards, "the weights give no finite gradient")
             else:
-                log.print(f"warning: step {step + 1} is not saved, for the weights give no finite log-probabilities")
+                log.print(f"warning: step {step + 1} is not saved, for the weights give no finite gradient")
             stop = distributed.highest(signals.asked)
         if stop:
             log.close()

@@ -152,7 +152,8 @@ def newest(folder: Path, run) -> Path | None:
                          "start again")
     last, first = runs.last_step(folder), runs.first_save(folder, run.config)
     require(last <= first, f"resume=true: {folder} has {last} steps in its log and a save every {first}, but no save "
-                           f"is in {folder}/checkpoints: put it back, or delete {folder} to start again")
+                           f"is in {folder}/checkpoints (there is none of steps that were not finite): put it back, or "
+                           f"delete {folder} to start again")
     return None
 
 

@@ -99,7 +99,7 @@ def test_numbers_that_are_not_finite_are_not_saved(in_tmp, monkeypatch, capsys):
 
 
 def test_a_last_step_that_is_not_finite_leaves_no_model(in_tmp):
-    with pytest.raises(Halted, match="step 1: the weights give no finite log-probabilities"):
+    with pytest.raises(Halted, match="step 1: the weights give no finite gradient"):
         train.main(configs.training_keys([*SMALL, "steps=1", "optimizer.lr=1e20", "reward=trajectory_likelihood",
                                           "name=broken"]))
     assert not {"model", "checkpoint", "checkpoints"} & {path.name for path in (in_tmp / "runs" / "broken").iterdir()}
