@@ -4,9 +4,7 @@ import http.server
 import json
 import threading
 
-import datasets
 import huggingface_hub
-import pyarrow.parquet
 import pytest
 from helpers import config_of
 from mathematics import GSM8K, MATH, tokenizer, write
@@ -165,11 +163,13 @@ def test_a_file_on_the_hub(monkeypatch):
 
 
 def test_json_and_parquet_hold_the_same_rows(tmp_path):
+    from pyarrow import parquet, table  # slow to import: not for the tests beside this one
+
     expected = data.read_problems(write(tmp_path / "p.jsonl", MATH))
     (tmp_path / "list.json").write_text(json.dumps(MATH, indent=1))
     (tmp_path / "object.json").write_text(json.dumps({"version": 1, "data": MATH}))
     columns = {key: [str(row[key]) for row in MATH] for key in MATH[0]}
-    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "p.parquet")
+    parquet.write_table(table(columns), tmp_path / "p.parquet")
     for name in ("list.json", "object.json", "p.parquet"):
         assert data.read_problems(str(tmp_path / name)) == expected, name
     (tmp_path / "cut.parquet").write_bytes((tmp_path / "p.parquet").read_bytes()[:-9])
@@ -181,6 +181,8 @@ def test_json_and_parquet_hold_the_same_rows(tmp_path):
 
 def test_a_data_set_of_the_hub_by_its_name(tmp_path, monkeypatch):
     """The library takes a folder for a data set of that name: no network is needed."""
+    import datasets
+
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "owner" / "name").mkdir(parents=True)

@@ -206,17 +206,19 @@ def test_words_are_read_as_people_mean_them(tmp_path, word, value):
         assert config.recipe_keys([f"recipe={tmp_path / 'recipe.yaml'}"], config.read_defaults()) == {key: value}
 
 
-@pytest.mark.parametrize("word", ["-h", "--help", "help"])
-def test_help(tmp_path, word):
+def test_help(tmp_path, capsys):
     """What the command does, three examples, and every key with its default and comment; before torch is imported."""
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
-    result = run(tmp_path, word, PYTHONPATH=str(tmp_path))
+    result = run(tmp_path, "--help", PYTHONPATH=str(tmp_path))
     assert result.returncode == 0 and result.stdout.count("train.py ") >= 3
     for key in config.read_defaults():
         assert f"{key.rpartition('.')[2]}:" in result.stdout, key
     assert "# GRPO" not in result.stdout and "0.05          # q: budget as a share" in result.stdout
-    told = run(tmp_path, word, PYTHONPATH=str(tmp_path), script="evaluate.py").stdout
+    told = run(tmp_path, "-h", PYTHONPATH=str(tmp_path), script="evaluate.py").stdout
     assert told.count("evaluate.py ") >= 3 and "temperature: 1.0" in told and "optimizer:" not in told
+    with pytest.raises(SystemExit) as ended:
+        help.answer(["steps=1", "help"], train.__doc__, config.read_defaults())
+    assert ended.value.code == 0 and capsys.readouterr().out == result.stdout
 
 
 @pytest.mark.parametrize("command", ["reproduce.py", "benchmark.py", "analysis.law", "analysis.tokens",
