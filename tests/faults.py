@@ -1,4 +1,4 @@
-r"""Runs that are killed, and graders under hostile texts: the long form, by hand (test_faults.py has the short one).
+r"""Runs that are killed, and graders under hostile texts: the long form, by hand.
 
     python -m tests.faults kills 200         # SIGKILL at random moments, gone on with until the run is done
     python -m tests.faults operations        # a run for every file operation, killed before it, and gone on with
