@@ -112,23 +112,7 @@ def train(config, keys: dict, folder: Path, problems: list, heldout: dict[str, l
         if (step + 1) % config.log_every == 0 or step == 0:
             print_step(log, metrics, run, sampled, texts, rewards)
         bad_steps = bad_steps + 1 if metrics["update/skipped"] == 1 else 0
-        if bad_steps == config.max_bad_steps:
-            give_up(folder, step + 1, run, sampled, texts, rewards,
-                    f"{bad_steps} steps in a row had no finite loss and gradient")
-        watch.phase(f"the save after step {step + 1}", patient=True)
-        stop, last = distributed.highest(signals.asked), step + 1 == config.steps
-        if stop or last or (step + 1) % config.save_every == 0 or evaluation_due(step + 1, config):
-            if is_finite(run, sampled):
-                checkpoint.save(folder, step + 1, run)
-            elif last or stop:
-                give_up(folder, step + 1, run, sampled, texts, rewards, "the weights give no finite gradient")
-            else:
-                log.print(f"warning: step {step + 1} is not saved, for the weights give no finite gradient")
-            stop = distributed.highest(signals.asked)
-        if stop:
-            log.close()
-            signals.leave(stop, f"step {step + 1} is finished and saved")
-        signals.finish("")
+        save_or_stop(folder, step + 1, run, log, bad_steps, (sampled, texts, rewards))
         if evaluation_due(step + 1, config):
             evaluate_between(run, heldout, step + 1, log)
 
@@ -160,16 +144,35 @@ def set_rate(optimizer, rate: float) -> None:
 # ---------------------------------------------------------------- 7 evaluations and logs
 
 
-def give_up(folder: Path, step: int, run, sampled: Rollout, texts: list[str], rewards: Tensor, reason: str) -> None:
+def save_or_stop(folder: Path, step: int, run, log, bad_steps: int, drawn: tuple) -> None:
+    """A save where one is due, before an evaluation too. A signal, or numbers that are not finite, end the run here:
+    such weights never take the place of finite ones."""
+    config = run.config
+    if bad_steps == config.max_bad_steps:
+        give_up(folder, step, run, drawn, f"{bad_steps} steps in a row had no finite loss and gradient")
+    watch.phase(f"the save after step {step}", patient=True)
+    stop, last = distributed.highest(signals.asked), step == config.steps
+    if stop or last or step % config.save_every == 0 or evaluation_due(step, config):
+        if is_finite(run, drawn[0]):
+            checkpoint.save(folder, step, run)
+        elif last or stop:
+            give_up(folder, step, run, drawn, "the weights give no finite gradient")
+        else:
+            log.print(f"warning: step {step} is not saved, for the weights give no finite gradient")
+        stop = distributed.highest(signals.asked)
+    if stop:
+        log.close()
+        signals.leave(stop, f"step {step} is finished and saved")
+    signals.finish("")
+
+
+def give_up(folder: Path, step: int, run, drawn: tuple, reason: str) -> None:
     """The end of a run whose numbers are not finite, with the step's rollouts written for a look."""
-    file = folder / (f"bad-step-{step}" + f"-rank{run.world.rank}" * (run.world.size > 1) + ".jsonl")
-    lines = [{"prompt": run.tokenizer.decode(prompt), "completion": text, "reward": reward, "logprobs": logprobs[mask]
-              .tolist()} for prompt, text, reward, logprobs, mask in zip(
-                  sampled.prompts, texts, rewards.tolist(), sampled.logprobs, sampled.mask)]
-    replace_text(file, "".join(json.dumps(line) + "\n" for line in lines))
+    file = folder / f"bad-step-{step}-rank{run.world.rank}.jsonl"
+    runs.write_rollouts(file, run.tokenizer, *drawn)
     distributed.barrier()
-    raise Halted(f"step {step}: {reason}; {file} has the completions; the last save holds finite weights, if "
-                         f"there is one; lower optimizer.lr={run.config.optimizer.lr}, or look for what is not finite")
+    raise Halted(f"step {step}: {reason}; {file} has the completions; a save, if there is one, holds finite weights; "
+                 f"lower optimizer.lr={run.config.optimizer.lr}, or look for what is not finite")
 
 
 def evaluated(run, heldout: list, samples: int, title: str) -> evaluate.Evaluation:

@@ -152,7 +152,19 @@ class Log:
             tqdm.write(text)
 
     def _append(self, name: str, row: dict) -> None:
-        if self.active:  # JSON has no NaN and no infinity
-            finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value
-                      for key, value in row.items()}
-            append_line(self.folder / name, json.dumps(finite))
+        if self.active:
+            append_line(self.folder / name, json.dumps({key: finite(value) for key, value in row.items()}))
+
+
+def finite(value):
+    """JSON has no NaN and no infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_rollouts(file: Path, tokenizer, sampled, texts: list[str], rewards) -> None:
+    """A line a completion of this rank, with the log-probability of each of its tokens."""
+    rows = zip(sampled.prompts, texts, rewards.tolist(), sampled.logprobs, sampled.mask)
+    lines = [{"prompt": tokenizer.decode(prompt), "completion": text, "reward": finite(reward),
+              "logprobs": [finite(value) for value in logprobs[mask].tolist()]}
+             for prompt, text, reward, logprobs, mask in rows]
+    replace_text(file, "".join(json.dumps(line) + "\n" for line in lines))

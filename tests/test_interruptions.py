@@ -87,7 +87,7 @@ def test_numbers_that_are_not_finite_are_not_saved(in_tmp, monkeypatch, capsys):
     assert ended.value.status == 1
     rows = metrics_of("broken")[1:]
     assert [row["update/skipped"] for row in rows] == [0, 0, 0, 1, 1, 1] and rows[-1]["loss"] is None
-    lines = Path("runs/broken/bad-step-6.jsonl").read_text().splitlines()
+    lines = Path("runs/broken/bad-step-6-rank0.jsonl").read_text().splitlines()
     assert len(lines) == 16 and json.loads(lines[0]).keys() == {"prompt", "completion", "reward", "logprobs"}
     assert "warning: step 3 is not saved, for the weights give no finite" in capsys.readouterr().out
     monkeypatch.setattr(train, "learning_rate", rate)
