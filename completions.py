@@ -32,6 +32,20 @@ class Completions:
     rows: list[dict]  # [P * n], as `lines_of` writes them
     samples: int
 
+    @classmethod
+    def parse(cls, problems: list[dict], text: str, samples: int) -> "Completions":
+        rows = []
+        for line in text.splitlines():
+            rows.append(json.loads(line))  # lists of numbers would take ten times the memory of arrays
+            rows[-1]["tokens"] = np.array(rows[-1]["tokens"], dtype=np.int32)
+            rows[-1]["entropies"] = np.array(rows[-1]["entropies"], dtype=np.float32)
+        return cls(problems, rows, samples)
+
+    def drop_tokens(self) -> None:
+        """What is left takes little memory."""
+        for row in self.rows:
+            del row["tokens"], row["entropies"]
+
     def column(self, name: str) -> np.ndarray:
         """[P, n]"""
         return np.array([row[name] for row in self.rows]).reshape(-1, self.samples)
@@ -76,13 +90,16 @@ def draw(path: str, file: str, model, tokenizer, problems, world, config) -> Com
             parts = [folder / f"part-{i:06d}.jsonl" for i in range(len(chunks))]
             draw_chunks(chunks, parts, model, tokenizer, problems, prompts, world, config)
             if world.is_main:
-                write(done, settings, "".join(read(part)[1] for part in parts))
+                whole = [read(part) for part in parts]
+                require(all(header for header, _ in whole), f"{folder} has parts that cannot be read: give the command "
+                                                            "again")
+                write(done, settings, "".join(text for _, text in whole))
                 for part in parts:
                     part.unlink()
         distributed.barrier()
         header, text = read(done)
         require(header is not None, f"{done} is damaged: delete its folder, to have it drawn anew")
-    return Completions(problems, [json.loads(line) for line in text.splitlines()], config.samples)
+    return Completions.parse(problems, text, config.samples)
 
 
 def draw_chunks(chunks, parts, model, tokenizer, problems, prompts, world, config) -> None:
@@ -132,7 +149,7 @@ def read(file: Path) -> tuple[dict | None, str]:
         header = json.loads(first)
         if header.pop("crc") == crc(text):
             return header, text
-    except (ValueError, KeyError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, AttributeError, RecursionError):
         pass
     return None, ""
 
@@ -145,7 +162,7 @@ def entropy_on(model, tokenizer, given: Completions, world, config) -> torch.Ten
                       leave=False, disable=world.no_bar):
         rows = range(first, min(first + size, share.stop))
         read_again = rollout.from_completions([prompts[row // config.samples] for row in rows],
-                                              [given.rows[row]["tokens"] for row in rows], world.device)
+                                              [given.rows[row]["tokens"].tolist() for row in rows], world.device)
         scored = rollout.rescore(model, read_again, config, world)
         flat.append(scored.entropy[scored.mask])
     return torch.cat(flat)

@@ -24,6 +24,7 @@ if __name__ == "__main__":  # before torch is imported: a typo is reported at on
 import json
 import os
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -189,7 +190,7 @@ def evaluate(model, tokenizer, problems, world, config, *, samples: int, title: 
 def of_completions(kept: Completions, grader: str) -> Evaluation:
     answers = [data.answer_of(kept.problems[row["problem"]], row["text"], grader) for row in kept.rows]
     names = np.array([zlib.crc32(answer.encode()) for answer in answers]).reshape(-1, kept.samples)
-    entropy = np.array([h for row in kept.rows for h in row["entropies"]], dtype=np.float32)
+    entropy = np.concatenate([row["entropies"] for row in kept.rows])
     return Evaluation(kept.column("correct"), names, kept.column("length"), kept.column("stopped"), entropy)
 
 
@@ -237,8 +238,10 @@ def compare(names: list[str], file: str, problems: list, ks: list[int], world, c
             vocabulary, base = tokenizer.get_vocab(), evaluation
         if len(names) > 1 and tokenizer.get_vocab() == vocabulary:  # another one cannot read the first's tokens
             own = completions.entropy_on(model, tokenizer, kept[names[0]], world, config)
-            fixed = distributed.gather(own).cpu().numpy()
+            fixed = distributed.gather(own).cpu().numpy().round(5)  # as kept ones are: ties at the threshold stay ties
         metrics[name] = evaluation.metrics(ks, base if len(names) > 1 else None, fixed)
+    for own in kept.values():
+        own.drop_tokens()
     return metrics, kept
 
 
@@ -256,9 +259,8 @@ def results(sets: list[dict[str, dict[str, Estimate]]]) -> dict:
     return report
 
 
-def describe(evaluation: Evaluation, largest_k: int, temperature: float) -> str:
+def describe(problems: int, samples: int, largest_k: int, temperature: float) -> str:
     """What a table's numbers mean, n and k included."""
-    problems, samples = evaluation.correct.shape
     text = f"{problems} held-out problems x {samples} samples at temperature {temperature:g}; ± is the standard error"
     return text + f"; Pass@{samples} (k = n) is the share of problems solved at least once" * (largest_k == samples)
 
@@ -268,8 +270,8 @@ def print_report(metrics: dict, kept: dict, ks: list[int], config) -> dict:
     report = {file: results([own]) for file, own in metrics.items()}
     for file, completed in kept.items():
         print_tables(file, report[file])
-        first = of_completions(next(iter(completed.values())), config.reward.grader)
-        print(describe(first, ks[-1], config.temperature))
+        problems = len(next(iter(completed.values())).problems)
+        print(describe(problems, config.samples, ks[-1], config.temperature))
         for name, own in completed.items():
             show(name, own, config.show)
     if len(report) > 1:
@@ -307,8 +309,10 @@ def show(name: str, kept: Completions, count: int) -> None:
 def check_result(out: str, settings: dict) -> None:
     """Refuses a name under which other results stand."""
     stored = Path("evaluations") / f"{out}.json"
-    configs.require(out == "auto" or not stored.is_file() or json.loads(stored.read_text())["settings"] == settings,
-                    f"out={out}: {stored} holds results of other settings; give another name, or delete that file")
+    same = out == "auto" or not stored.is_file()
+    with suppress(ValueError, KeyError, TypeError):  # no result of ours: not to be overwritten either
+        same = same or json.loads(stored.read_text())["settings"] == settings
+    configs.require(same, f"out={out}: {stored} holds something else; give another name, or delete that file")
 
 
 def write_results(out: str, settings: dict, report: dict, kept: dict) -> None:

@@ -107,7 +107,8 @@ class MicroBatches:
         if max(map(len, parts)) == 1:
             raise Halted("out of memory in the update with one completion at a time: give gradient_checkpointing=true, "
                          "offload=true, a smaller logits_chunk or max_new_tokens, or more ranks")
-        self.config.micro_batch_tokens = max(self.sampled.pack(part)[0].numel() for part in parts) // 2
+        several = [part for part in parts if len(part) > 1]  # one completion alone may be over the limit
+        self.config.micro_batch_tokens = max(self.sampled.pack(part)[0].numel() for part in several) // 2
         tqdm.write(f"out of memory in the update: micro_batch_tokens={self.config.micro_batch_tokens} from here on "
                    f"(rank {self.world.rank})")
 

@@ -5,6 +5,7 @@ Shapes: B completions of this rank, C their padded length; N valid tokens of an 
 """
 
 import copy
+import inspect
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -80,8 +81,10 @@ def set_up(config, problems: list[dict], world, *, weights: bool = True, trainin
 def in_ranks(loss_module, device) -> DistributedDataParallel:
     """Nothing is sent but the gradients of the synchronised backward. Buffers are constants: to send them in a forward
     would make the others wait for a rank that does its micro-batches again."""
+    known = inspect.signature(DistributedDataParallel).parameters  # torch before 2.13 has the older name
+    constant = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     return DistributedDataParallel(loss_module, device_ids=[device.index] if device.type == "cuda" else None,
-                                   gradient_as_bucket_view=True, forward_sync_buffers=False)
+                                   gradient_as_bucket_view=True, **{constant: False})
 
 
 def check_methods(config) -> None:
@@ -277,7 +280,8 @@ def update(
         return sums
 
     def accumulate() -> tuple[Tensor, object]:
-        """All but the synchronised micro-batch, which is returned: no rank waits, so this one may do it again."""
+        """All but the synchronised micro-batch, which is returned. No rank waits for another here (but once, in the
+        second update's first forward, where DDP orders its buckets): so this one may do it again."""
         optimizer.zero_grad(set_to_none=False)  # None would make a second set of gradients beside DDP's buckets
         totals = torch.zeros(6, device=world.device)
         for batch, synchronised in batches:

@@ -49,7 +49,7 @@ def train(config, keys: dict, folder: Path, problems: list, heldout: dict[str, l
     run.inputs = {"model": models.digest(run.policy), "the training problems": json_sum(run.problems),
                   "evaluation.data": json_sum(heldout), "the tokenizer": json_sum([prompts, run.stop]),
                   "precision": world.precision}
-    saved = checkpoint.newest(folder, run) if config.resume else None
+    saved = checkpoint.newest(folder, run) if distributed.from_main(world.is_main and config.resume) else None
     start = checkpoint.step_of(saved) if saved else 0
     log = runs.Log(folder, keys, start, active=world.is_main)
     log.print(introduction(folder, run))
@@ -163,7 +163,8 @@ def save_or_stop(folder: Path, step: int, run, log, bad_steps: int, drawn: tuple
     if stop:
         log.close()
         signals.leave(stop, f"step {step} is finished and saved")
-    signals.finish("")
+    if last or evaluation_due(step, config):
+        signals.finish("")  # an evaluation can be stopped at once; else a signal is the next step's
 
 
 def give_up(folder: Path, step: int, run, drawn: tuple, reason: str) -> None:
@@ -274,7 +275,7 @@ def finish(folder: Path, log, run, trained: dict[str, evaluate.Evaluation]) -> N
     for file, own in trained.items():
         both = {"base": base[file].summary(base[file]), "trained": own.summary(base[file])}
         tables[file] = evaluate.format_table(both)
-        described = evaluate.describe(own, run.config.evaluation.samples, run.config.temperature)
+        described = evaluate.describe(*own.correct.shape, run.config.evaluation.samples, run.config.temperature)
         log.print(f"\n{file}:\n{tables[file]}\n{described}")
         report[file] = {"base": base[file].summary(base[file], every_k), "trained": own.summary(base[file], every_k)}
     with replace_folder(folder / "model") as unfinished:

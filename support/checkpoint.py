@@ -95,25 +95,34 @@ def write_share(folder: Path, step: int, run) -> dict[str, list]:
     if distributed.rank() == 0:
         run.policy.save_pretrained(folder)
         run.tokenizer.save_pretrained(folder)
-        own += [path for path in folder.iterdir() if not path.match(SHARD.format("*"))]
-    for path in own:
+        own += [path for path in folder.rglob("*") if path.is_file() and not path.match(SHARD.format("*"))]
+    for path in {*own, *(path.parent for path in own)}:  # a tokenizer of several chat templates has a folder of them
         sync(path)
-    return {path.name: [path.stat().st_size, checksum(path)] for path in own}
+    return {path.relative_to(folder).as_posix(): [path.stat().st_size, checksum(path)] for path in own}
 
 
 # ---------------------------------------------------------------- reading
 
 
-def fault(saved: Path, *, sums: bool = True) -> str:
-    """Why a save is not whole, "" if it is. With `sums` every byte is read, by each rank its share of the files."""
+def manifest(saved: Path) -> tuple[dict, str]:
+    """What a save's manifest holds, and why it is none, "" if it is one."""
     try:
         body = json.loads((saved / MANIFEST).read_text())
     except OSError:
-        return f"it has no {MANIFEST}"
+        return {}, f"it has no {MANIFEST}"
     except ValueError:
         body = None
     if not isinstance(body, dict) or body.pop("own", None) != json_sum(body) or name_of(body["step"]) != saved.name:
-        return f"its {MANIFEST} is damaged"
+        return {}, f"its {MANIFEST} is damaged"
+    return body, ""
+
+
+def fault(saved: Path, *, sums: bool = True) -> str:
+    """Why a save is not whole, "" if it is. With `sums`, on all ranks: every byte is read, by each its share of the
+    files that rank 0 sees."""
+    body, reason = distributed.gather_objects(manifest(saved))[0] if sums else manifest(saved)
+    if reason:
+        return reason
     if not sums:
         found = [wrong(saved / name, mark, sums=False) for name, mark in body["files"].items()]
     else:
@@ -142,7 +151,8 @@ def newest(folder: Path, run) -> Path | None:
     require(not old or (folder / "checkpoints").exists(), f"{old and old[0]} is of an earlier version of this code, "
             "which cannot be gone on with: start a run of another name=")
     reasons = []
-    for saved in saves(folder):
+    for name in distributed.gather_objects([saved.name for saved in saves(folder)])[0]:  # nodes may not see the same
+        saved = folder / "checkpoints" / name
         if not (reason := fault(saved)):
             print_notes([f"{text}: passed over" for text in reasons])
             check_inputs(saved, run)
@@ -151,9 +161,11 @@ def newest(folder: Path, run) -> Path | None:
     require(not reasons, f"resume=true: no save is whole ({'; '.join(reasons)}): put one back, or delete {folder} to "
                          "start again")
     last, first = runs.last_step(folder), runs.first_save(folder, run.config)
-    require(last <= first, f"resume=true: {folder} has {last} steps in its log and a save every {first}, but no save "
-                           f"is in {folder}/checkpoints (there is none of steps that were not finite): put it back, or "
-                           f"delete {folder} to start again")
+    finished = (folder / "model").exists() or (folder / "evaluation.json").exists()
+    require(last <= first and not finished,
+            f"resume=true: {folder} has {last} steps in its log, the first save was due after {first}, and none is in "
+            f"{folder}/checkpoints (there is none of steps that were not finite): put one back, or delete {folder} to "
+            "start again")
     return None
 
 

@@ -69,7 +69,8 @@ def joined(precision: str = "auto", timeout: float = 30) -> Iterator[World]:
             signals.report(f"error: {error}" + f" (rank {world.rank})" * (not world.is_main))
             os._exit(error.status)
         if signals.asked:  # torchrun ends this rank for another's sake, or one was faster
-            print(f"rank {world.rank} of {world.size} ended while it waited for others", file=sys.stderr, flush=True)
+            print(f"rank {world.rank} of {world.size} ended, probably while it waited for others "
+                  f"({type(error).__name__}: {error})", file=sys.stderr, flush=True)
             os._exit(128 + signals.asked)
         traceback.print_exc()
         ours = [frame for frame in traceback.extract_tb(error.__traceback__)

@@ -49,7 +49,7 @@ def sync(path: Path) -> None:
 def remove(path: Path) -> None:
     """Whatever it is, if it is there; of a link the link alone."""
     if path.is_symlink() or path.is_file():
-        path.unlink()
+        path.unlink(missing_ok=True)  # its writer may have renamed it meanwhile
     else:
         shutil.rmtree(path, ignore_errors=True)
 

@@ -215,9 +215,9 @@ def park(reference) -> None:
 def visiting(reference, device: torch.device):
     """Parked weights on the device for a while; they never change, so that nothing has to be copied back."""
     waiting = {parameter: parameter.data for parameter in reference.parameters()}
-    for parameter, host in waiting.items():
-        parameter.data = distributed.visit(host, device)
-    try:
+    try:  # the device may have no room for all
+        for parameter, host in waiting.items():
+            parameter.data = distributed.visit(host, device)
         yield
     finally:
         for parameter, host in waiting.items():

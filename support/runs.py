@@ -90,7 +90,8 @@ def last_step(folder: Path) -> int:
 def first_save(folder: Path, config) -> int:
     """The step by which a save was begun, as the run began or as it is now."""
     old = configs.read_stored(folder / "config.yaml")
-    return min(old["save_every"], old["steps"], config.save_every, config.steps)
+    due = [old["save_every"], old["steps"], old["evaluation.every"], config.save_every, config.steps]
+    return min(filter(None, due))  # an evaluation comes after a save; every 0 steps is never
 
 
 class Log:

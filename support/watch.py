@@ -46,16 +46,16 @@ def watching(folder: Path, rank: int, size: int, limit: float, barrier) -> Itera
         return
     if rank == 0:
         shutil.rmtree(folder, ignore_errors=True)  # of a killed run
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
     barrier()
     ended = threading.Event()
     threading.Thread(target=_watch, args=(folder, rank, size, limit, ended), daemon=True).start()
     try:
         yield
+        if rank == 0:  # but not after a failure: ranks elsewhere still look at it
+            shutil.rmtree(folder, ignore_errors=True)
     finally:
         ended.set()
-        if rank == 0:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _watch(folder: Path, rank: int, size: int, limit: float, ended: threading.Event) -> None:

@@ -153,6 +153,15 @@ def test_no_memory_for_one_completion_is_told():
         batches.halve()
 
 
+def test_one_long_completion_among_short_ones_is_halved_to_an_end():
+    """The long one is over any limit, alone; the limit falls all the same until the short ones are alone too."""
+    sampled = rollout.from_completions([[2, 3]] * 6, [list(range(4, 39)) * 3, *[[4, 5]] * 5], "cpu")
+    batches = steps.MicroBatches(sampled, torch.ones(6), None, made_up_selection(sampled), None, config_of(), ALONE)
+    with pytest.raises(Halted, match="with one completion at a time"):
+        for _ in range(20):
+            batches.halve()
+
+
 def made_up_selection(sampled, selected=None):
     """A Selection of one rank with nothing marked."""
     selected = torch.zeros_like(sampled.mask) if selected is None else selected

@@ -182,15 +182,33 @@ def test_the_layouts_of_earlier_versions_are_refused(tmp_path, old):
         checkpoint.newest(tmp_path, make_run())
 
 
+def test_a_tokenizer_of_several_chat_templates_has_a_folder_of_them(tmp_path):
+    run = make_run()
+    run.tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    checkpoint.save(tmp_path, 2, run)
+    (inner,) = (tmp_path / "checkpoints" / "step-000002" / "additional_chat_templates").iterdir()
+    assert not checkpoint.fault(inner.parents[1])
+    flip(inner)
+    assert "tool_use" in checkpoint.fault(inner.parents[1])
+
+
+@pytest.mark.parametrize("left", ["model", "evaluation.json"])
+def test_a_finished_run_without_saves_is_not_begun_again(tmp_path, left):
+    write_log(tmp_path, LOGGED[:2])
+    (tmp_path / left).mkdir()
+    with pytest.raises(UserError, match="none is in"):
+        checkpoint.newest(tmp_path, make_run())
+
+
 def test_a_lost_save_is_told_apart_from_none_yet(tmp_path):
     run = make_run()
     write_log(tmp_path, LOGGED[:3])  # ended in step 3, or in the save of step 2
     assert checkpoint.newest(tmp_path, run) is None
     write_log(tmp_path, LOGGED[:4])  # step 3 was done: step 2 had been saved
-    with pytest.raises(UserError, match="3 steps in its log and a save every 2, but no save is in"):
+    with pytest.raises(UserError, match="3 steps in its log, the first save was due after 2, and none is in"):
         checkpoint.newest(tmp_path, run)
     (tmp_path / "checkpoints" / "step-000002.tmp").mkdir(parents=True)  # nor is that one
-    with pytest.raises(UserError, match="but no save is in"):
+    with pytest.raises(UserError, match="none is in"):
         checkpoint.newest(tmp_path, run)
 
 
