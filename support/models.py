@@ -67,6 +67,9 @@ def load_tokenizer(name: str):
     if getattr(shape, "auto_map", None):
         raise UserError(f"model={name} brings code of its own (auto_map in its config.json), which is never run: take "
                         "auto_map out if transformers knows the architecture, or give another model")
+    if not hasattr(shape, "vocab_size"):
+        raise UserError(f"model={name} is of several parts ({shape.model_type}), as models are that also see or hear: "
+                        "give one of text alone")
     for field, value in vars(shape).items():
         if "dropout" in field and value:
             setattr(shape, field, 0.0)  # a dropped unit at scoring time is a ratio other than 1

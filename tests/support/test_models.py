@@ -13,6 +13,7 @@ from mathematics import MATH, folder, tokenizer, write
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3Config,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GemmaConfig,
@@ -83,6 +84,14 @@ def test_a_gemma_with_a_soft_cap_is_refused_with_one_line(in_tmp):
     with pytest.raises(configs.UserError, match="^model=./capped post-processes its logits[^\n]*$"):
         train.main(configs.training_keys(["model=./capped", "data=math.jsonl", "prompts_per_step=4"]))
     assert not Path("runs").exists()
+
+
+def test_a_model_that_sees_is_refused(tmp_path):
+    folder(tmp_path / "model", "qwen2", chat=True)
+    Gemma3Config(text_config={"vocab_size": 40}, vision_config={"hidden_size": 32}).save_pretrained(tmp_path / "model")
+    for load in (models.load, models.load_blank):
+        with pytest.raises(UserError, match=r"several parts \(gemma3\).*text alone"):
+            load(str(tmp_path / "model"))
 
 
 def test_a_hub_out_of_reach_is_told_at_once(in_tmp, monkeypatch):
