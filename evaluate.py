@@ -9,6 +9,10 @@
 Samples at the training temperature with nothing cut off, by the code and the grader of training. Completions
 are kept in evaluations/ as they come (completions.py), so that a killed evaluation goes on where it stopped.
 P problems, n samples each.
+
+model and data: one, or several as [a,b]. problems: the first so many of each file. k: those of Pass@k, as [1,8,64].
+show: so many problems with completions, best and worst. out: a name for the results, or the picture's file with plot:
+folders of runs whose training curves to draw instead.
 """
 
 import sys

@@ -215,8 +215,6 @@ def evaluation_keys(arguments: list[str]) -> dict:
             "max_new_tokens", "temperature", "precision", "micro_batch", "logits_chunk", "rollout.", "countdown.",
             "toy.", "benchmarks.")
     keys = {key: value for key, value in defaults.items() if key.startswith(kept)}
-    # model, data: one, or several as [a,b]. show: so many problems, best and worst, with completions. out: a name for
-    # the results in evaluations/. plot: folders of runs whose curves to draw instead, into the picture out=.
     keys |= {"data.file": defaults["evaluation.data"], "problems": defaults["evaluation.problems"], "samples": 16,
              "k": "auto", "show": 0, "out": "auto", "plot": ""}
     keys = override(keys, [a.replace("models=", "model=", 1) if a.startswith("models=") else a for a in arguments])
