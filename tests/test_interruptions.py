@@ -18,14 +18,6 @@ from support import signals
 from support.checks import Halted
 
 
-@pytest.fixture
-def in_tmp(tmp_path, monkeypatch):
-    """A working folder of its own, and a reward that a random model earns now and then."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("data.is_correct", lambda problem, text, grader: "1" in text)
-    return tmp_path
-
-
 def weights_of(name):
     return AutoModelForCausalLM.from_pretrained(Path("runs") / name / "model").state_dict()
 

@@ -72,14 +72,6 @@ REAL = [*SMALL, "steps=2", "prompts_per_step=8", "toy.updates=30", "reward=traje
         "evaluation.every=1", "evaluation.samples_between=1"]  # 3 completions: the first of 4 ranks has none
 
 
-@pytest.fixture
-def in_tmp(tmp_path, monkeypatch):
-    """A working folder of its own, and a reward that a random model earns now and then."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("data.is_correct", lambda problem, text, grader: "1" in text)
-    return tmp_path
-
-
 def read(file):
     return [json.loads(line) for line in Path(file).read_text().splitlines()]
 
