@@ -110,10 +110,15 @@ def differences(rows: dict[tuple, dict[int, dict]], pairs: list[tuple[tuple, tup
 
 
 def best_strength(rows: dict[tuple, dict[int, dict]], path: tuple[str, ...]) -> list[tuple]:
-    """Of rows that differ only in strength the one of highest mean at `path`; rows without strength stay."""
-    best: dict[str, tuple[float, tuple]] = {}
-    for row, runs in rows.items():
-        score = sum(value(line, path) for line in runs.values()) / len(runs)
-        if row[0] not in best or score > best[row[0]][0]:
-            best[row[0]] = (score, row)
-    return [row for _, row in best.values()]
+    """Of rows that differ only in strength the one of highest mean at `path`, over the seeds that all of them have.
+
+    Rows without strength stay. What was not run at every strength that another was chooses nothing: it is left out.
+    """
+    strengths = {strength for _, strength in rows if strength is not None}
+    best = []
+    for label in dict.fromkeys(label for label, _ in rows):
+        own = {row: runs for row, runs in rows.items() if row[0] == label}
+        seeds = set.intersection(*(set(runs) for runs in own.values()))
+        if seeds and {strength for _, strength in own} in ({None}, strengths):
+            best.append(max(own, key=lambda row: sum(value(own[row][seed], path) for seed in seeds)))
+    return best

@@ -40,20 +40,20 @@ def test_killed_and_resumed_the_same_table(tmp_path, monkeypatch):
     process.send_signal(signal.SIGKILL)
     process.wait()
     before = (out / "runs.jsonl").read_text()
-    assert len(before.splitlines()) < 4 and not (out / "table.md").exists()
+    assert len(before.splitlines()) == 1 and not (out / "table.md").exists()
     time.sleep(0.5)  # the runs end with it
     logs = {log: log.stat().st_mtime for log in (tmp_path / "runs").glob("reproduce-*.log")}
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(plots, "picture", lambda path, draw: f"no {path}")  # they have a test of their own
+    monkeypatch.delitem(reproduce.PARADIGMS, "RLIF")  # two processes less
     reproduce.main("figure2", words[3:], SETTINGS | {"seeds": 1, "jobs": 2})
     lines = lines_of(out)
-    assert [(line["section"], line["row"]) for line in lines] == [
-        ("RLVR", "GRPO"), ("RLVR", "SCOPE"), ("RLIF", "INTUITOR"), ("RLIF", "SCOPE")]
+    assert [(line["section"], line["row"]) for line in lines] == [("RLVR", "GRPO"), ("RLVR", "SCOPE")]
     for run in map(json.loads, before.splitlines()):
         log = tmp_path / "runs" / f"{reproduce.name_of(run['keys'])}.log"
         assert log.stat().st_mtime == logs[log]  # not started again
     assert len(list((tmp_path / "runs" / "base-evaluations").glob("*.npz"))) == 5  # one a file, for all runs
-    for i, line in enumerate(lines[:2]):  # the figures of an unbroken run of the same words; one was killed
+    for i, line in enumerate(lines):  # the figures of an unbroken run of the same words; one was killed
         assert not (tmp_path / "runs" / reproduce.name_of(line["keys"]) / "model").exists()
         train.main(configs.read_defaults() | line["keys"] | {"name": f"unbroken{i}"})
         found = report.figures_of(tmp_path / "runs" / f"unbroken{i}")

@@ -69,9 +69,9 @@ def test_generated_chains_solve_their_problems_and_no_other_target():
     ids=["tower", "long number", "commas", "parentheses", "no commas", "other digits", "blanks"],
 )
 def test_hostile_texts_are_wrong_at_once(text):
-    started = time.perf_counter()
+    started = time.process_time()
     assert not solves_countdown(text, NUMBERS, TARGET)
-    assert time.perf_counter() - started < 0.05
+    assert time.process_time() - started < 1  # a millisecond, or without end
 
 
 def test_verifiable_rewards_are_those_that_the_verdict_changes():

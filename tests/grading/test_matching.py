@@ -216,19 +216,14 @@ def hostile(n: int) -> dict[str, str]:
 
 @pytest.mark.parametrize("size", [60, 450, 900, 100_000])
 def test_hostile_texts_are_bounded_and_raise_nothing(size):
-    """The bound of 50 ms is on processor time, and the best of three: the machine may be busy with something else."""
+    """An idle core takes tens of milliseconds at most; what has no bound takes many seconds, or does not end."""
     for name, text in hostile(size).items():
         for one, other in ((text, "5"), ("5", text), (text, text + " "), (text[:400], text[:400] + "+x-x")):
-            seconds = []
-            for _ in range(3):
-                started = time.process_time()
-                is_equal(one, other)
-                answer_key(one)
-                extract_answer(text)
-                seconds.append(time.process_time() - started)
-                if seconds[-1] < 0.05:
-                    break
-            assert min(seconds) < 0.05, (name, size, seconds)
+            started = time.process_time()
+            is_equal(one, other)
+            answer_key(one)
+            extract_answer(text)
+            assert time.process_time() - started < 1, (name, size)
 
 
 def test_budget_ends_work():

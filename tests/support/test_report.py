@@ -65,3 +65,7 @@ def test_best_strength():
     lines = [line("A", s, x, strength=w) for w, xs in ((0.1, (0.2, 0.4)), (0.3, (0.9, 0.0))) for s, x in enumerate(xs)]
     lines += [line("base", 0, 0.0)]
     assert report.best_strength(report.by_row(lines, "RLVR"), ("a", "x")) == [("A", 0.3), ("base", None)]
+    assert report.best_strength(report.by_row([*lines, line("A", 2, 9.0, strength=0.1)], "RLVR"), ("a", "x")) == [
+        ("A", 0.3), ("base", None)]  # a seed that only one strength has says nothing
+    lines += [line("B", 0, 5.0, strength=0.1)]
+    assert ("B", 0.1) not in report.best_strength(report.by_row(lines, "RLVR"), ("a", "x"))  # not yet run at 0.3
