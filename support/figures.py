@@ -80,28 +80,30 @@ def bars(plot, lines: list[dict]):
     caption(figure, f"Bars: mean; whiskers: {intervals(lines)}; dots: the seeds")
     return figure
 def over_strength(plot, lines: list[dict]):
-    """Pass@1 on the first benchmark over q, a line a form, with 95 % intervals over seeds (paper's Figure 1).
+    """Pass@1 and Pass@k of the largest k on the first benchmark over q, a line a form (paper's Figure 1).
 
     q is what was selected, the mean over the end of the runs: less than was asked for where too few tokens score.
     """
-    files, _ = benchmarks(lines)
-    figure, found = panels(plot, lines, sharey=True)
-    for (axis,), rows in found:
+    files, largest = benchmarks(lines)
+    figure, found = panels(plot, lines, rows=2, height=3.3, sharex=True)
+    for column, rows in found:
         zero = {row: runs for row, runs in rows.items() if row[1] is None}
         forms = list(dict.fromkeys(label for label, strength in rows if strength is not None))
-        for form, colour in zip(forms, colours(forms)):
-            points = [*zero.values(), *(runs for (label, _), runs in rows.items() if label == form)]
-            shares = [mean_interval([100 * report.value(line, ("training", "selection/fraction"))
-                                     for line in runs.values()])[0] for runs in points]
-            _, means, halves = zip(*(over_seeds(runs, "pass@1", files[0]) for runs in points))
-            axis.errorbar(shares, means, halves, marker="o", markersize=4, capsize=3, color=colour, label=form)
-        axis.axhline(lines[0]["figures"]["base"][files[0]]["pass@1"], color=COLOURS["base model"], linestyle=":",
-                     label="base model")
-        axis.legend()
-        axis.set_xscale("symlog", linthresh=1)
-        axis.set_xticks([0, 1, 2, 5, 10, 20, 50, 100], ["0", "1", "2", "5", "10", "20", "50", "100"])
-        axis.set(xlim=(-0.3, 130), xlabel="q, % of tokens that pay", ylabel=f"Pass@1, {data_of(lines, files[0])}")
-    caption(figure, f"At 0 the method without a penalty. Bars: {intervals(lines)}")
+        for axis, metric in zip(column, ("pass@1", largest)):
+            for form, colour in zip(forms, colours(forms)):
+                points = [*zero.values(), *(runs for (label, _), runs in rows.items() if label == form)]
+                shares = [mean_interval([100 * report.value(line, ("training", "selection/fraction"))
+                                         for line in runs.values()])[0] for runs in points]
+                _, means, halves = zip(*(over_seeds(runs, metric, files[0]) for runs in points))
+                axis.errorbar(shares, means, halves, marker="o", markersize=4, capsize=3, color=colour, label=form)
+            axis.axhline(lines[0]["figures"]["base"][files[0]][metric], color=COLOURS["base model"], linestyle=":",
+                         label="base model")
+            axis.set_xscale("symlog", linthresh=1)
+            axis.set_xticks([0, 1, 2, 5, 10, 20, 50, 100], ["0", "1", "2", "5", "10", "20", "50", "100"])
+            axis.set(xlim=(-0.3, 130), ylabel=f"{metric.capitalize()}, {files[0]}")
+        column[0].legend()
+        column[1].set_xlabel("q, % of tokens that pay")
+    caption(figure, f"On {data_of(lines, files[0])}. At 0 the method without a penalty. Bars: {intervals(lines)}")
     return figure
 
 

@@ -80,9 +80,10 @@ def test_frontier_goes_through_the_strengths():
 
 
 def test_over_strength_begins_at_the_baseline():
-    axis = figures.over_strength(pyplot, LINES).axes[0]
+    axis, _, below, _ = figures.over_strength(pyplot, LINES).axes
     assert axis.lines[0].get_xydata().round(6).tolist() == [[0, 0.11], [10, 0.21], [30, 0.31]]
-    assert set(legend(axis)) == {"base model", "SCOPE"}
+    assert below.lines[0].get_xydata().round(6).tolist() == [[0, 0.2], [10, 0.4], [30, 0.6]]
+    assert set(legend(axis)) == {"base model", "SCOPE"} and below.get_ylabel() == "Pass@2, a"
 
 
 def test_pass_at_k_over_seeds_and_its_difference():
