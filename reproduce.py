@@ -123,7 +123,7 @@ def table2(lambdas: dict) -> dict[str, list[Row]]:
 
 
 EXPERIMENTS = {
-    "figure1": Experiment(figure1, seeds=5, draw=figures.over_strength),
+    "figure1": Experiment(figure1, seeds=5, references=("baseline", "q = 5 %"), draw=figures.over_strength),
     "figure2": Experiment(figure2, seeds=10, draw=figures.bars),
     "table1": Experiment(table1, seeds=5, references=("baseline", "SCOPE"), draw=figures.frontier),
     "table2": Experiment(table2, seeds=5, references=("alone",), draw=figures.bars),
@@ -278,11 +278,13 @@ def columns_of(name: str, lines: list[dict]) -> list[list[tuple]]:
 
 
 def pairs_of(rows: list[tuple], reference: str, section: str) -> list[tuple]:
-    """(row, what it is compared with): the section's baseline; for SCOPE every other row; + SCOPE the same without."""
+    """(row, what it is compared with): the baseline; SCOPE with all others; + SCOPE with none; any share with 5 %."""
     if reference == "baseline":
         pairs = [(row, (BASELINE[section], None)) for row in rows if row[0] != BASELINE[section]]
     elif reference == "alone":
         pairs = [(row, (row[0].removesuffix(" + SCOPE"), None)) for row in rows if row[0].endswith(" + SCOPE")]
+    elif reference == "q = 5 %":
+        pairs = [(row, (row[0], 0.05)) for row in rows if row[1] not in (None, 0.05)]
     else:
         pairs = [(own, row) for own in rows if own[0] == reference for row in rows
                  if row[0] not in (reference, BASELINE[section])]
