@@ -122,10 +122,11 @@ def frontier(plot, lines: list[dict]):
                             for (name, strength), runs in rows.items() if name == label)
             strengths, x, across, y, up = zip(*points)
             axis.errorbar(x, y, up, across, color=colour, fmt="none", elinewidth=1, alpha=0.35)
-            axis.plot(x, y, marker="*" if len(points) == 1 else "osD^vP"[i % 6], color=colour, label=label,
-                      markersize=10 if len(points) == 1 else 5)
+            alone = len(points) == 1
+            axis.plot(x, y, marker="*" if alone else "osD^vP"[i % 6], color=colour, markersize=10 if alone else 5,
+                      label=f"{label}, {strengths[0]:g}" if alone and strengths[0] else label)
             for j in {0, len(x) - 1} if many else range(len(x)):
-                if strengths[j]:
+                if not alone:
                     axis.annotate(f"{strengths[j]:g}", (x[j], y[j]), fontsize=8, color=colour, xytext=(5, 5),
                                   textcoords="offset points")
         axis.set(xlabel=f"Pass@1, {data_of(lines, files[0])}", ylabel=largest.capitalize())
