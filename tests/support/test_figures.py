@@ -77,6 +77,8 @@ def test_frontier_goes_through_the_strengths():
     assert [text.get_text() for text in axis.texts] == ["0.1", "0.3"]
     across = axis.collections[0].get_segments()[0][:, 0]
     assert across == pytest.approx((0.11 - HALF, 0.11 + HALF)) and "95 %" in caption(figure)
+    axis = figures.frontier(pyplot, [*LINES, *lines(("Uniform", 0.3, 0.2))]).axes[0]  # one strength: in the legend
+    assert set(legend(axis)) == {"base model", "GRPO", "SCOPE", "Uniform, 0.3"} and len(axis.texts) == 2
 
 
 def test_over_strength_begins_at_the_baseline():
