@@ -260,7 +260,7 @@ HEAD = """# {0}
 
 Written by `python reproduce.py {0}`. ± is half the 95 % interval over seeds (Student). Differences are seed by seed:
 * is p < 0.05, corrected for the lines of a table (Holm) but not for its columns; in brackets, on how many seeds it is
-above 0.
+above 0. Where all seeds have the same difference there is no spread to test with, and no *.
 """
 
 
@@ -312,9 +312,10 @@ def choices(name: str, rows: dict, section: str) -> list[tuple[str, list[tuple]]
     """Which rows a table shows: all; for table1 each at its own best lambda, then all at one lambda."""
     if name != "table1":
         return [("", list(rows))]
+    several = len({strength for _, strength in rows} - {None}) > 1  # else there is nothing to choose from yet
     best = report.best_strength(rows, ("trained", "validation", "pass@1"))
-    return [(", each at its λ of highest validation accuracy", best),
-            (f", all at λ = {COMMON[section]:g}", [row for row in rows if row[1] in (None, COMMON[section])])]
+    return [(", each at its λ of highest validation accuracy", best)] * several + [
+        (f", all at λ = {COMMON[section]:g}", [row for row in rows if row[1] in (None, COMMON[section])])]
 
 
 # ---------------------------------------------------------------- the command

@@ -134,6 +134,8 @@ def test_tables_of_whole_and_half_results(name):
         best, common = re.split("^## ", text, flags=re.M)[1:3]
         assert "| SCOPE, 0.1 | 2 |" in best and "| SCOPE, 0.03 | 2 |" in common  # 0.1 is best on validation
         assert "| SCOPE, 0.1 − Uniform, 0.1 |" in best and "| Uniform, 0.1 − GRPO |" in best
+        one = [line for line in lines if line["strength"] in (None, 0.03)]
+        assert "highest validation" not in reproduce.table(name, one)  # nothing was chosen
     if name == "figure1":
         assert "| constant for a token, 0.1 − constant for a token, 0.05 | +0.020 ±0.000" in text
     if name == "table2":
