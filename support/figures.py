@@ -1,5 +1,7 @@
 """The pictures of reproduce.py, over seeds: `lines` are its runs, as in support/report.py; sections are panels."""
 
+from collections import Counter
+
 from support import report
 from support.plots import COLOURS, GREY, caption, colours, curve, over_k
 from support.statistics import mean_interval
@@ -37,7 +39,9 @@ def data_of(lines: list[dict], file: str = "") -> str:
 
 
 def intervals(lines: list[dict]) -> str:
-    return f"95 % interval over {len({line['seed'] for line in lines})} seeds (Student)"
+    counts = Counter((line["section"], line["row"], line["strength"]) for line in lines).values()
+    fewest, most = min(counts), max(counts)
+    return f"95 % interval over {fewest if fewest == most else f'{fewest} to {most}'} seeds (Student)"
 
 
 def over_seeds(runs: dict[int, dict], metric: str, file: str) -> tuple[list[float], float, float]:
@@ -121,8 +125,9 @@ def frontier(plot, lines: list[dict]):
                              *over_seeds(runs, largest, files[0])[1:])
                             for (name, strength), runs in rows.items() if name == label)
             strengths, x, across, y, up = zip(*points)
-            axis.errorbar(x, y, up, across, color=colour, fmt="none", elinewidth=1, alpha=0.35)
             alone = len(points) == 1
+            faint = 0.35 if alone or not many else 0.12  # of many lines the bars would hide the lines
+            axis.errorbar(x, y, up, across, color=colour, fmt="none", elinewidth=1, alpha=faint)
             axis.plot(x, y, marker="*" if alone else "osD^vP"[i % 6], color=colour, markersize=10 if alone else 5,
                       label=f"{label}, {strengths[0]:g}" if alone and strengths[0] else label)
             for j in {0, len(x) - 1} if many else range(len(x)):
