@@ -1,6 +1,7 @@
 """Shared fixtures. Everything runs on CPU, offline."""
 
 import os
+import signal
 
 import pytest
 import torch
@@ -9,6 +10,9 @@ from helpers import VOCABULARY, tiny_model
 # The tensors are tiny: more threads only wait for each other. Here, and in the processes that tests start.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# A shell's `pytest &` ignores SIGINT, and so would the processes that tests send one.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
