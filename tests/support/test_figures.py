@@ -77,7 +77,10 @@ def test_frontier_goes_through_the_strengths():
     assert [text.get_text() for text in axis.texts] == ["0.1", "0.3"]
     across = axis.collections[0].get_segments()[0][:, 0]
     assert across == pytest.approx((0.11 - HALF, 0.11 + HALF)) and "95 %" in caption(figure)
-    axis = figures.frontier(pyplot, [*LINES, *lines(("Uniform", 0.3, 0.2))]).axes[0]  # one strength: in the legend
+    figure = figures.frontier(pyplot, [*LINES, *lines(("Uniform", 0.3, 0.2))[:1]])  # one strength: in the legend
+    axis = figure.axes[0]
+    seeds = len({line["seed"] for line in LINES})
+    assert f"over 1 to {seeds} seeds" in caption(figure) and f"over {seeds} seeds" in figures.intervals(LINES)
     assert set(legend(axis)) == {"base model", "GRPO", "SCOPE", "Uniform, 0.3"} and len(axis.texts) == 2
 
 
