@@ -3,7 +3,7 @@
 from collections import Counter
 
 from support import report
-from support.plots import COLOURS, GREY, caption, colours, curve, over_k
+from support.plots import COLOURS, GREY, caption, colours, curve, legend, over_k
 from support.statistics import mean_interval
 
 TITLES = {"RLVR": "RLVR, with a verifier", "RLIF": "RLIF, without a verifier"}
@@ -83,6 +83,8 @@ def bars(plot, lines: list[dict]):
         axis.legend(ncols=1 if len(rows) < 5 else 2)
     caption(figure, f"Bars: mean; whiskers: {intervals(lines)}; dots: the seeds")
     return figure
+
+
 def over_strength(plot, lines: list[dict]):
     """Pass@1 and Pass@k of the largest k on the first benchmark over q, a line a form (paper's Figure 1).
 
@@ -112,30 +114,39 @@ def over_strength(plot, lines: list[dict]):
 
 
 def frontier(plot, lines: list[dict]):
-    """Pass@1 against Pass@k of the largest k on the first benchmark: a line a row through its strengths."""
+    """Pass@1 against Pass@k of the largest k on the first benchmark, over the strengths: a panel a row, each with
+    SCOPE's line, pale, to compare with."""
     files, largest = benchmarks(lines)
     base = lines[0]["figures"]["base"][files[0]]
-    many = len({line["row"] for line in lines}) > 4
-    figure, found = panels(plot, lines, height=4.6, stacked=many)
-    for (axis,), rows in found:
-        axis.plot(base["pass@1"], base[largest], "*", color=COLOURS["base model"], markersize=10, label="base model")
-        labels = list(dict.fromkeys(label for label, _ in rows))
-        for i, (label, colour) in enumerate(zip(labels, colours(labels))):
-            points = sorted((strength or 0.0, *over_seeds(runs, "pass@1", files[0])[1:],
-                             *over_seeds(runs, largest, files[0])[1:])
-                            for (name, strength), runs in rows.items() if name == label)
-            strengths, x, across, y, up = zip(*points)
-            alone = len(points) == 1
-            faint = 0.35 if alone or not many else 0.12  # of many lines the bars would hide the lines
-            axis.errorbar(x, y, up, across, color=colour, fmt="none", elinewidth=1, alpha=faint)
-            axis.plot(x, y, marker="*" if alone else "osD^vP"[i % 6], color=colour, markersize=10 if alone else 5,
-                      label=f"{label}, {strengths[0]:g}" if alone and strengths[0] else label)
-            for j in {0, len(x) - 1} if many else range(len(x)):
-                if not alone:
-                    axis.annotate(f"{strengths[j]:g}", (x[j], y[j]), fontsize=8, color=colour, xytext=(5, 5),
-                                  textcoords="offset points")
-        axis.set(xlabel=f"Pass@1, {data_of(lines, files[0])}", ylabel=largest.capitalize())
-        axis.legend(**{"loc": "center left", "bbox_to_anchor": (1, 0.5), "frameon": False} if many else {})
+    labels = list(dict.fromkeys(line["row"] for line in lines if line["strength"] is not None)) or [lines[0]["row"]]
+    sections, columns = list(dict.fromkeys(line["section"] for line in lines)), min(5, len(labels))
+    deep = -(-len(labels) // columns)
+    figure = plot.figure(figsize=(2.2 * columns + 1, (2.2 * deep + 0.8) * len(sections)), layout="constrained")
+    for part, section in zip(figure.subfigures(len(sections), squeeze=False)[:, 0], sections):
+        rows = report.by_row(lines, section)
+        star = {"marker": "*", "markersize": 9, "linestyle": "none"}
+        others = {name: star | {"color": COLOURS.get(name, GREY)} for name, strength in rows if strength is None}
+        others["SCOPE"] = {"marker": ".", "alpha": 0.4, "color": COLOURS["SCOPE"]}
+        axes = part.subplots(deep, columns, sharex=True, sharey=True, squeeze=False).ravel()
+        for axis, label, colour in zip(axes, labels, colours(labels)):
+            axis.plot(base["pass@1"], base[largest], label="base model", color=COLOURS["base model"], **star)
+            for name, style in (others | {label: {"marker": "o", "markersize": 4, "color": colour}}).items():
+                points = sorted((strength or 0.0, *over_seeds(runs, "pass@1", files[0])[1:],
+                                 *over_seeds(runs, largest, files[0])[1:])
+                                for (row, strength), runs in rows.items() if row == name)
+                axis.plot([x for _, x, *_ in points], [y for *_, y, _ in points], label=name, **style)
+                for strength, x, across, y, up in points if name == label else ():
+                    axis.errorbar(x, y, up, across, color=colour, elinewidth=1, alpha=0.35)
+                    axis.annotate(f"{strength:g}", (x, y), fontsize=7, xytext=(4, 4), textcoords="offset points")
+            axis.set_title(label, fontsize=10)
+        for axis in axes[len(labels):]:
+            axis.set_axis_off()
+        part.suptitle(TITLES.get(section, section))
+        part.supxlabel(f"Pass@1, {data_of(lines, files[0])}", fontsize=10)
+        part.supylabel(largest.capitalize(), fontsize=10)
+    handles = {name: handle for axis in figure.get_axes() for handle, name in zip(*axis.get_legend_handles_labels())
+               if name == "SCOPE" or name not in labels}
+    legend(figure, handles.values(), handles.keys())
     caption(figure, f"Numbers: λ. Bars: {intervals(lines)}")
     return figure
 

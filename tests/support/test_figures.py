@@ -69,19 +69,21 @@ def test_a_twin_with_scope_has_the_colour_in_full():
     assert faces[0][3] < 0.3 < 0.7 < faces[1][3] and faces[2][3] < 0.3 < 0.7 < faces[3][3]
 
 
-def test_frontier_goes_through_the_strengths():
-    figure = figures.frontier(pyplot, LINES)
-    axis = figure.axes[1]
-    curves = {own.get_label(): own.get_xydata().round(6).tolist() for own in axis.lines if own.get_label()[0] != "_"}
-    assert curves == {"base model": [[0.1, 0.2]], "GRPO": [[0.11, 0.2]], "SCOPE": [[0.21, 0.4], [0.31, 0.6]]}
-    assert [text.get_text() for text in axis.texts] == ["0.1", "0.3"]
-    across = axis.collections[0].get_segments()[0][:, 0]
-    assert across == pytest.approx((0.11 - HALF, 0.11 + HALF)) and "95 %" in caption(figure)
-    figure = figures.frontier(pyplot, [*LINES, *lines(("Uniform", 0.3, 0.2))[:1]])  # one strength: in the legend
-    axis = figure.axes[0]
-    seeds = len({line["seed"] for line in LINES})
-    assert f"over 1 to {seeds} seeds" in caption(figure) and f"over {seeds} seeds" in figures.intervals(LINES)
-    assert set(legend(axis)) == {"base model", "GRPO", "SCOPE", "Uniform, 0.3"} and len(axis.texts) == 2
+def test_frontier_has_a_panel_a_row_through_its_strengths():
+    figure = figures.frontier(pyplot, [*LINES, *lines(("Uniform", 0.3, 0.25), ("Uniform", 0.1, 0.15))[:2]])
+    assert [axis.get_title() for axis in figure.get_axes()] == 2 * ["SCOPE", "Uniform"]
+    assert [part.get_suptitle() for part in figure.subfigs] == ["RLVR, with a verifier", "RLIF, without a verifier"]
+    scope, uniform, _, empty = [{own.get_label(): own.get_xydata().round(6).tolist() for own in axis.lines
+                                 if own.get_label()[0] != "_"} for axis in figure.get_axes()]
+    both = {"base model": [[0.1, 0.2]], "GRPO": [[0.11, 0.2]], "SCOPE": [[0.21, 0.4], [0.31, 0.6]]}
+    assert scope == both and uniform == both | {"Uniform": [[0.15, 0.3], [0.25, 0.5]]}  # in the order of strengths
+    assert empty == both | {"Uniform": []}  # not run without a verifier
+    own, other, _, _ = figure.get_axes()
+    assert [text.get_text() for text in own.texts] == [text.get_text() for text in other.texts] == ["0.1", "0.3"]
+    assert own.collections[0].get_segments()[0][:, 0] == pytest.approx((0.11 + 0.1 - HALF, 0.11 + 0.1 + HALF))
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["base model", "GRPO", "SCOPE"]
+    assert "over 1 to 3 seeds" in caption(figure) and "95 %" in caption(figure)
+    assert "over 3 seeds" in figures.intervals(LINES)
 
 
 def test_over_strength_begins_at_the_baseline():
@@ -106,7 +108,9 @@ def test_pass_at_k_over_seeds_and_its_difference():
 @pytest.mark.parametrize("draw", [figures.bars, figures.frontier, figures.pass_at_k_over_seeds])
 def test_the_same_colour_everywhere(draw):
     """Of each method that is in a legend, on every panel of every picture."""
-    for axis in draw(pyplot, lines(("GRPO", None, 0.1), ("SCOPE", None, 0.2), ("Uniform", None, 0.3))).axes:
+    strength = 0.3 if draw is figures.frontier else None
+    rows = (("GRPO", None, 0.1), ("SCOPE", strength, 0.2), ("Uniform", strength, 0.3))
+    for axis in draw(pyplot, lines(*rows)).get_axes():
         for handle, label in zip(*axis.get_legend_handles_labels()):
             colour = handle[0].get_facecolor() if hasattr(handle, "patches") else handle.get_color()
             if label != "base model" or draw is not figures.bars:  # there it is a dotted line
