@@ -40,7 +40,7 @@ from tqdm import tqdm
 import data
 import toy
 from support import figures, plots, processes, report
-from support.files import replace_text
+from support.files import checksum, replace_text
 from support.runs import MAY_DIFFER
 
 # ---------------------------------------------------------------- what the paper's names stand for
@@ -172,29 +172,29 @@ def lambdas_of(settings: dict) -> dict[str, str]:
 
 
 def training_of(words: list[str]) -> dict:
-    """The keys that decide what a run computes."""
-    return {k: v for k, v in sorted(configs.training_keys(words).items()) if k not in MAY_DIFFER}
+    """The keys that decide what a run computes, and what is in the files that they name."""
+    keys = {k: v for k, v in sorted(configs.training_keys(words).items()) if k not in MAY_DIFFER}
+    named = [keys["data.file"], *configs.listed(keys["evaluation.data"])]
+    return keys | {f"checksum of {file}": checksum(Path(file)) for file in named if Path(file).is_file()}
 
 
 def label_of(keys: dict) -> str:
-    """What a run is called in runs.jsonl, by what differs from the defaults: a new key changes nothing."""
+    """What a run is called in runs.jsonl, by which keys differ from the defaults: a new key changes nothing."""
     defaults = configs.read_defaults()
-    return f"{zlib.crc32(json.dumps({k: v for k, v in keys.items() if v != defaults[k]}).encode()):08x}"
+    return f"{zlib.crc32(json.dumps({k: v for k, v in keys.items() if v != defaults.get(k, v)}).encode()):08x}"
 
 
 def name_of(keys: dict) -> str:
-    """Its folder in runs/: all of its keys, so that a changed default is another folder."""
+    """Its folder in runs/: all of its keys, so that a changed default or file is another folder."""
     return f"reproduce-{zlib.crc32(json.dumps(keys).encode()):08x}"
 
 
 def start(run: dict, slot: int, slots: int, settings: dict) -> subprocess.Popen:
     """One run of train.py, from its last save if it has one; its output goes to runs/NAME.log."""
-    folder = Path("runs") / run["name"]
     words = [*run["words"], f"name={run['name']}", "resume=auto"]
     ranks, gpus = settings["ranks"], torch.cuda.device_count()
-    program = [sys.executable, str(Path(__file__).with_name("train.py"))]
-    if ranks > 1:
-        program[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] * (ranks > 1)
+    program = [sys.executable, *launcher, str(Path(__file__).with_name("train.py"))]
     environment = dict(os.environ)
     if gpus:
         ours = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
@@ -202,7 +202,7 @@ def start(run: dict, slot: int, slots: int, settings: dict) -> subprocess.Popen:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(ours[first : first + ranks])
     else:
         environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // (slots * ranks)))
-    return processes.start([*program, *words], folder.with_suffix(".log"), environment)
+    return processes.start([*program, *words], Path("runs") / f"{run['name']}.log", environment)
 
 
 def perform(name: str, words: list[str], settings: dict) -> list[dict]:

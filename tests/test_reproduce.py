@@ -55,7 +55,8 @@ def test_killed_and_resumed_the_same_table(tmp_path, monkeypatch):
     assert len(list((tmp_path / "runs" / "base-evaluations").glob("*.npz"))) == 5  # one a file, for all runs
     for i, line in enumerate(lines):  # the figures of an unbroken run of the same words; one was killed
         assert not (tmp_path / "runs" / reproduce.name_of(line["keys"]) / "model").exists()
-        train.main(configs.read_defaults() | line["keys"] | {"name": f"unbroken{i}"})
+        train.main({key: line["keys"].get(key, usual) for key, usual in configs.read_defaults().items()}
+                   | {"name": f"unbroken{i}"})
         found = report.figures_of(tmp_path / "runs" / f"unbroken{i}")
         assert [line["figures"][who] for who in ("base", "trained")] == [found[who] for who in ("base", "trained")]
     text = (out / "table.md").read_text()
@@ -67,6 +68,21 @@ def test_killed_and_resumed_the_same_table(tmp_path, monkeypatch):
     other = [line | {"run": "x", "keys": line["keys"] | {"seed": 9}} for line in lines]
     assert report.lines_of_other_seeds(out, other) == lines  # fewer or other seeds lose no line
 
+
+def test_other_problems_in_a_file_of_the_same_name_are_another_run(tmp_path):
+    problems = tmp_path / "mine.jsonl"
+
+    def run_on(text: str) -> dict:
+        problems.write_text(text)
+        keys = reproduce.training_of([f"evaluation.data={problems}"])
+        return {"section": "RLVR", "row": "GRPO", "strength": None, "run": reproduce.label_of(keys), "keys": keys}
+
+    first, second = run_on('{"numbers": [2, 3], "target": 6}'), run_on('{"numbers": [2, 3], "target": 5}')
+    assert reproduce.name_of(first["keys"]) != reproduce.name_of(second["keys"])
+    (tmp_path / "runs.jsonl").write_text(json.dumps(first) + "\n")
+    assert report.lines_of_other_seeds(tmp_path, [first]) == []
+    with pytest.raises(configs.UserError, match=r"checksum of \S+mine.jsonl=\w{8}, not \w{8}: give another out="):
+        report.lines_of_other_seeds(tmp_path, [second])
 
 
 @pytest.mark.parametrize("name", reproduce.EXPERIMENTS)
