@@ -128,6 +128,7 @@ def frontier(plot, lines: list[dict]):
         others = {name: star | {"color": COLOURS.get(name, GREY)} for name, strength in rows if strength is None}
         others["SCOPE"] = {"marker": ".", "alpha": 0.4, "color": COLOURS["SCOPE"]}
         axes = part.subplots(deep, columns, sharex=True, sharey=True, squeeze=False).ravel()
+        bars = []  # drawn last: wide ones of few seeds would make the lines small
         for axis, label, colour in zip(axes, labels, colours(labels)):
             axis.plot(base["pass@1"], base[largest], label="base model", color=COLOURS["base model"], **star)
             for name, style in (others | {label: {"marker": "o", "markersize": 4, "color": colour}}).items():
@@ -135,10 +136,18 @@ def frontier(plot, lines: list[dict]):
                                  *over_seeds(runs, largest, files[0])[1:])
                                 for (row, strength), runs in rows.items() if row == name)
                 axis.plot([x for _, x, *_ in points], [y for *_, y, _ in points], label=name, **style)
+                together: dict[tuple, list[tuple]] = {}  # points too near to each other for a number each
                 for strength, x, across, y, up in points if name == label else ():
-                    axis.errorbar(x, y, up, across, color=colour, elinewidth=1, alpha=0.35)
-                    axis.annotate(f"{strength:g}", (x, y), fontsize=7, xytext=(4, 4), textcoords="offset points")
+                    bars.append((axis, x, y, up, across, colour))
+                    together.setdefault((round(x, 2), round(y, 2)), []).append((f"{strength:g}", x, y))
+                for (first, *place), *more in together.values():
+                    text = ", ".join([first, *(strength for strength, *_ in more)])
+                    axis.annotate(text, place, fontsize=7, xytext=(4, 4), textcoords="offset points")
             axis.set_title(label, fontsize=10)
+        for axis in axes:
+            axis.set(xlim=axis.get_xlim(), ylim=axis.get_ylim())
+        for axis, x, y, up, across, colour in bars:
+            axis.errorbar(x, y, up, across, color=colour, elinewidth=1, alpha=0.35)
         for axis in axes[len(labels):]:
             axis.set_axis_off()
         part.suptitle(TITLES.get(section, section))
