@@ -122,32 +122,33 @@ def frontier(plot, lines: list[dict]):
     sections, columns = list(dict.fromkeys(line["section"] for line in lines)), min(5, len(labels))
     deep = -(-len(labels) // columns)
     figure = plot.figure(figsize=(2.2 * columns + 1, (2.2 * deep + 0.8) * len(sections)), layout="constrained")
+    star = {"marker": "*", "markersize": 9, "linestyle": "none"}
     for part, section in zip(figure.subfigures(len(sections), squeeze=False)[:, 0], sections):
-        rows = report.by_row(lines, section)
-        star = {"marker": "*", "markersize": 9, "linestyle": "none"}
-        others = {name: star | {"color": COLOURS.get(name, GREY)} for name, strength in rows if strength is None}
-        others["SCOPE"] = {"marker": ".", "alpha": 0.4, "color": COLOURS["SCOPE"]}
+        points: dict[str, list[tuple]] = {label: [] for label in ["SCOPE", *labels]}
+        styles = {}  # of what every panel has
+        for (label, strength), runs in report.by_row(lines, section).items():
+            _, x, across = over_seeds(runs, "pass@1", files[0])
+            _, y, up = over_seeds(runs, largest, files[0])
+            points[label] = sorted([*points.get(label, []), (strength or 0.0, x, y, across, up)])
+            if strength is None:
+                styles[label] = star | {"color": COLOURS.get(label, GREY)}
+        styles["SCOPE"] = {"marker": ".", "alpha": 0.4, "color": COLOURS["SCOPE"]}
         axes = part.subplots(deep, columns, sharex=True, sharey=True, squeeze=False).ravel()
-        bars = []  # drawn last: wide ones of few seeds would make the lines small
-        for axis, label, colour in zip(axes, labels, colours(labels)):
-            axis.plot(base["pass@1"], base[largest], label="base model", color=COLOURS["base model"], **star)
-            for name, style in (others | {label: {"marker": "o", "markersize": 4, "color": colour}}).items():
-                points = sorted((strength or 0.0, *over_seeds(runs, "pass@1", files[0])[1:],
-                                 *over_seeds(runs, largest, files[0])[1:])
-                                for (row, strength), runs in rows.items() if row == name)
-                axis.plot([x for _, x, *_ in points], [y for *_, y, _ in points], label=name, **style)
-                together: dict[tuple, list[tuple]] = {}  # points too near to each other for a number each
-                for strength, x, across, y, up in points if name == label else ():
-                    bars.append((axis, x, y, up, across, colour))
-                    together.setdefault((round(x, 2), round(y, 2)), []).append((f"{strength:g}", x, y))
-                for (first, *place), *more in together.values():
-                    text = ", ".join([first, *(strength for strength, *_ in more)])
-                    axis.annotate(text, place, fontsize=7, xytext=(4, 4), textcoords="offset points")
+        own = list(zip(axes, labels, colours(labels)))
+        for axis, label, colour in own:
             axis.set_title(label, fontsize=10)
-        for axis in axes:
+            axis.plot(base["pass@1"], base[largest], label="base model", color=COLOURS["base model"], **star)
+            for name, style in (styles | {label: {"marker": "o", "markersize": 4, "color": colour}}).items():
+                axis.plot([x for _, x, *_ in points[name]], [y for _, _, y, *_ in points[name]], label=name, **style)
+        for axis in axes:  # before the bars: wide ones of few seeds would make the lines small
             axis.set(xlim=axis.get_xlim(), ylim=axis.get_ylim())
-        for axis, x, y, up, across, colour in bars:
-            axis.errorbar(x, y, up, across, color=colour, elinewidth=1, alpha=0.35)
+        for axis, label, colour in own:
+            numbers: dict[tuple, list] = {}  # one for points that are too near to each other
+            for strength, x, y, across, up in points[label]:
+                axis.errorbar(x, y, up, across, color=colour, elinewidth=1, alpha=0.35)
+                numbers.setdefault((round(x, 2), round(y, 2)), [x, y]).append(f"{strength:g}")
+            for x, y, *strengths in numbers.values():
+                axis.annotate(", ".join(strengths), (x, y), fontsize=7, xytext=(4, 4), textcoords="offset points")
         for axis in axes[len(labels):]:
             axis.set_axis_off()
         part.suptitle(TITLES.get(section, section))
