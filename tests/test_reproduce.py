@@ -78,6 +78,7 @@ def test_other_problems_in_a_file_of_the_same_name_are_another_run(tmp_path):
         return {"section": "RLVR", "row": "GRPO", "strength": None, "run": reproduce.label_of(keys), "keys": keys}
 
     first, second = run_on('{"numbers": [2, 3], "target": 6}'), run_on('{"numbers": [2, 3], "target": 5}')
+    assert first["run"] == second["run"]  # as lines written before there were checksums have it
     assert reproduce.name_of(first["keys"]) != reproduce.name_of(second["keys"])
     (tmp_path / "runs.jsonl").write_text(json.dumps(first) + "\n")
     assert report.lines_of_other_seeds(tmp_path, [first]) == []
