@@ -77,7 +77,8 @@ def name_of(row: tuple) -> str:
 
 
 def interval(mean: float, half: float, sign: str = "") -> str:
-    return f"{mean:{sign}.3f}" if math.isnan(half) else f"{mean:{sign}.3f} ±{half:.3f}"
+    digits = 0 if half >= 10 else 1 if half >= 1 else 3  # as many as the interval leaves a meaning
+    return f"{mean:{sign}.3f}" if math.isnan(half) else f"{mean:{sign}.{digits}f} ±{half:.{digits}f}"
 
 
 def means(rows: dict[tuple, dict[int, dict]], columns: list[tuple]) -> str:

@@ -56,6 +56,8 @@ def test_means_and_paired_differences():
     assert means[3].startswith("| B | 3 | 0.701 ±")
     text = report.differences(rows, [(("B", None), ("A", None))], COLUMNS)
     assert "| B − A | +0.501 ±0.001 * (3/3) | -1.000 ±0.000 (0/3) |" in text
+    large = report.means({("A", None): {s: line("A", s, 10000.0 + 500 * s, y=80 + s) for s in range(3)}}, COLUMNS)
+    assert "| A | 3 | 10500 ±1242 | 81.0 ±2.5 |" in large  # 4.303 * 500 / sqrt(3), and of 1
     same = [line("A", s, 0.3) for s in range(3)] + [line("B", s, x) for s, x in enumerate((0.1, 0.6, 0.3))]
     text = report.differences(report.by_row(same, "RLVR"), [(("B", None), ("A", None))], COLUMNS[:1])
     assert " *" not in text and "(1/3)" in text
