@@ -107,8 +107,8 @@ def over_strength(plot, lines: list[dict]):
             axis.set_xscale("symlog", linthresh=1)
             axis.set_xticks([0, 1, 2, 5, 10, 20, 50, 100], ["0", "1", "2", "5", "10", "20", "50", "100"])
             axis.set(xlim=(-0.3, 130), ylabel=f"{metric.capitalize()}, {files[0]}")
-        column[0].legend()
         column[1].set_xlabel("q, % of tokens that pay")
+    legend(figure, *axis.get_legend_handles_labels())
     caption(figure, f"On {data_of(lines, files[0])}. At 0 the method without a penalty. Bars: {intervals(lines)}")
     return figure
 

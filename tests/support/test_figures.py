@@ -38,8 +38,8 @@ def closed():
     pyplot.close("all")
 
 
-def legend(axis) -> list[str]:
-    return [text.get_text() for text in axis.get_legend().get_texts()]
+def legend(figure) -> list[str]:
+    return [text.get_text() for text in figure.legends[0].get_texts()]
 
 
 def caption(figure) -> str:
@@ -81,7 +81,7 @@ def test_frontier_has_a_panel_a_row_through_its_strengths():
     own, other, _, _ = figure.get_axes()
     assert [text.get_text() for text in own.texts] == [text.get_text() for text in other.texts] == ["0.1", "0.3"]
     assert own.collections[0].get_segments()[0][:, 0] == pytest.approx((0.11 + 0.1 - HALF, 0.11 + 0.1 + HALF))
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["base model", "GRPO", "SCOPE"]
+    assert legend(figure) == ["base model", "GRPO", "SCOPE"]
     assert "over 1 to 3 seeds" in caption(figure) and "95 %" in caption(figure)
     assert "over 3 seeds" in figures.intervals(LINES)
     near = figures.frontier(pyplot, [*LINES, *lines(("SCOPE", 0.5, 0.301))]).get_axes()[0]
@@ -90,10 +90,11 @@ def test_frontier_has_a_panel_a_row_through_its_strengths():
 
 
 def test_over_strength_begins_at_the_baseline():
-    axis, _, below, _ = figures.over_strength(pyplot, LINES).axes
+    figure = figures.over_strength(pyplot, LINES)
+    axis, _, below, _ = figure.axes
     assert axis.lines[0].get_xydata().round(6).tolist() == [[0, 0.11], [10, 0.21], [30, 0.31]]
     assert below.lines[0].get_xydata().round(6).tolist() == [[0, 0.2], [10, 0.4], [30, 0.6]]
-    assert set(legend(axis)) == {"base model", "SCOPE"} and below.get_ylabel() == "Pass@2, a"
+    assert legend(figure) == ["base model", "SCOPE"] and below.get_ylabel() == "Pass@2, a"
 
 
 def test_pass_at_k_over_seeds_and_its_difference():
