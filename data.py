@@ -16,7 +16,7 @@ from grading import GRADERS, READ_TEXT, answer_key, extract_answer, gold_answer
 from rewards import solves_countdown
 from support import models
 from support.config import UserError, listed, print_notes, require
-from support.files import replace_text
+from support.files import file_name, replace_text
 from support.rows import read_rows
 
 
@@ -237,6 +237,8 @@ def problem_sets(config) -> tuple[list[dict], dict[str, list[dict]], list[str]]:
     """
     file, notes = config.data.file, []
     files = {name: [] for name in listed(config.evaluation.data)}
+    require(len({file_name(name) for name in files}) == len(files),
+            f"evaluation.data={config.evaluation.data}: two of them would be called the same in runs/: rename one")
     for name in files.keys() - {"auto"}:
         files[name], more = problems_of(config, name)
         notes += more

@@ -60,7 +60,7 @@ def set_up(config, problems: list[dict], world, *, weights: bool = True, trainin
         policy.to(world.device)
     if not (weights and training):
         return run
-    policy.generation_config.eos_token_id = run.stop  # whoever loads the trained model stops where it was stopped
+    models.set_stop(policy, run.stop)  # whoever loads the trained model stops where it was stopped
     policy.train()  # dropout is off; train mode is what gradient checkpointing asks for
     if config.gradient_checkpointing:
         models.recompute_layers(policy)

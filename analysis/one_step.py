@@ -4,7 +4,6 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
 from torch import Tensor
 
 import data
@@ -47,7 +46,7 @@ def run_settings(folder: Path, keys: dict) -> dict:
     """What a run was made with, for the keys asked, and its trained model."""
     for file in ("config.yaml", "model/config.json"):
         configs.require((folder / file).is_file(), f"run={folder}: no {file} there; give the folder of a finished run")
-    stored = configs.flatten(yaml.safe_load((folder / "config.yaml").read_text()))
+    stored = configs.read_stored(folder / "config.yaml")
     if stored.get("selection.strategy") in scope.STRATEGIES:
         if not scope.STRATEGIES[stored["selection.strategy"]].selects:  # plain GRPO: show where SCOPE would act
             del stored["selection.strategy"]

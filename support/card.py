@@ -1,7 +1,5 @@
 """The model card that lies beside saved weights, as the hub reads it."""
 
-import yaml
-
 from support import config as configs
 from support.checks import hub_dataset
 
@@ -22,9 +20,9 @@ def model_card(keys: dict, tables: dict[str, str], described: str) -> str:
     elif named := hub_dataset(keys["data.file"]):
         head["datasets"] = [named[0]]
     return "\n".join([
-        f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n",
+        f"---\n{configs.write_yaml(head)}---\n",
         f"# {keys['model']} after {keys['steps']} steps of GRPO\n",
         "Made by a trainer of the method of \"A Few Bad Apples Spoil the Bunch\". Settings other than its defaults:\n",
-        "```yaml\n" + yaml.safe_dump(configs.nest(changed), sort_keys=False) + "```\n",
+        "```yaml\n" + configs.write_yaml(configs.nest(changed)) + "```\n",
         f"## Evaluation\n\n{described}.\n",
         *(f"{file}:\n\n```\n{table}\n```\n" for file, table in tables.items())])

@@ -82,6 +82,9 @@ def check(keys: dict) -> None:
         check_model(keys["model"])
     if keys.get("data.file", "countdown") != "countdown":
         check_file("data", keys["data.file"], {})
+    else:
+        require(not keys.get("data.filter"), f"data.filter={keys.get('data.filter')}: only rows of a data=FILE have "
+                                             "levels and subjects")
     for file in listed(keys.get("evaluation.data", "auto")):
         check_file("evaluation.data", file, keys)
     require(keys.get("precision", "auto") in ("auto", "fp32", "bf16"),

@@ -46,6 +46,19 @@ Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d[\d_
                              list("-+0123456789"))
 
 
+class Dumper(yaml.SafeDumper):
+    """Quotes a text, such as 1e-6, that YAML 1.1 or `Loader` would read as something else."""
+
+
+Dumper.yaml_implicit_resolvers = {
+    first: yaml.SafeLoader.yaml_implicit_resolvers.get(first, []) + Loader.yaml_implicit_resolvers.get(first, [])
+    for first in yaml.SafeLoader.yaml_implicit_resolvers.keys() | Loader.yaml_implicit_resolvers.keys()}
+
+
+def write_yaml(tree: dict) -> str:
+    return yaml.dump(tree, Dumper=Dumper, sort_keys=False)
+
+
 def read_yaml(text: str):
     """As safe as safe_load. Whatever is wrong with the text is a YAMLError."""
     if len(text) > 100_000:
@@ -193,9 +206,10 @@ def training_keys(arguments: list[str]) -> dict:
 
 def stored_keys(arguments: list[str], known: dict) -> dict:
     """With resume=true or auto, name=NAME: that run's own settings; none where there is no such run."""
-    names = [word.removeprefix("name=") for word in arguments if word.startswith("name=")]
-    stored = Path("runs") / (names or [""])[-1] / "config.yaml"
-    there = names and {"resume=true", "resume=auto"} & set(arguments) and os.path.isfile(stored)
+    words = [word for word in arguments if word.startswith(("name=", "resume="))]
+    asked = override({"name": "", "resume": False}, words)
+    stored = Path("runs") / asked["name"] / "config.yaml"
+    there = asked["name"] and asked["resume"] and os.path.isfile(stored)
     return {key: value for key, value in read_stored(stored).items() if key in known} if there else {}
 
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from support import signals, watch
-from support.config import UserError
+from support.config import UserError, require
 
 
 @dataclass
@@ -99,8 +99,10 @@ def setup(precision: str = "auto", timeout: float = 30) -> World:
         known = tuple(map(int, importlib.metadata.version("transformers").split(".")[:2]))
         if precision == "bf16" and known >= (5, 23):
             torch.set_float32_matmul_precision("high")
-    if "RANK" not in os.environ:
+    if "RANK" not in os.environ:  # not by torchrun
         return World(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"), precision)
+    require({"LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE"} <= os.environ.keys(),
+            "RANK is set, but not by torchrun: start with torchrun, or unset it")
     signals.end_with_parent()  # torchrun, killed, cannot end its ranks
     # Some defaults in these modules keep the group that exists when they are imported; so before there is one.
     importlib.import_module("torch.distributed.nn")
@@ -174,7 +176,9 @@ def to_host(x: Tensor) -> Tensor:
     the size: it rounds up to a power of two."""
     host = x.detach().to("cpu", copy=True)
     if torch.cuda.is_available():
-        torch.cuda.cudart().cudaHostRegister(host.data_ptr(), host.nbytes, 0)
+        fault = int(torch.cuda.cudart().cudaHostRegister(host.data_ptr(), host.nbytes, 0))
+        require(not fault, f"offload=true: CUDA cannot register {host.nbytes} bytes of host memory (error {fault}): "
+                           "free some, or leave offload out")
     return host
 
 

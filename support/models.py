@@ -274,6 +274,18 @@ def stop_ids(model, tokenizer) -> list[int]:
     return sorted(found)
 
 
+def set_stop(model, stop: list[int]) -> None:
+    """What the model is saved with. One that samples by its config but does not say so (temperature without do_sample)
+    could be saved as it was, but not once changed: it keeps its special tokens only."""
+    own = model.generation_config
+    own.eos_token_id = stop
+    try:
+        own.validate(strict=True)
+    except ValueError:
+        model.generation_config = GenerationConfig(eos_token_id=stop, bos_token_id=own.bos_token_id,
+                                                   pad_token_id=own.pad_token_id)
+
+
 def turn_end(tokenizer) -> int | None:
     """The special token that the chat template puts behind an answer, None if there is none."""
     if tokenizer.chat_template is None:
@@ -285,6 +297,8 @@ def turn_end(tokenizer) -> int | None:
 
 
 TEMPLATE_SECONDS = 120.0  # for all prompts; ten thousand take about two
+# Some templates say today's date: a run that goes on tomorrow would have other prompts. This one Llama 3 falls back on.
+ONE_DATE = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro %}"
 
 
 def from_template(tokenizer, chat: list, **arguments):
@@ -294,6 +308,9 @@ def from_template(tokenizer, chat: list, **arguments):
     before = signal.signal(signal.SIGALRM, too_slow)  # a template is a program: its loops may be endless in effect
     signal.setitimer(signal.ITIMER_REAL, TEMPLATE_SECONDS)
     try:
+        template = tokenizer.get_chat_template()
+        if "strftime_now" in template:
+            arguments["chat_template"] = ONE_DATE + template
         return tokenizer.apply_chat_template(chat, tokenize=False, **arguments)
     except Exception as error:  # templates raise what they like; Gemma's refuses a system message
         raise UserError(f"the model's chat template refuses the prompt ({' '.join(str(error).split())[:200]}): "

@@ -97,8 +97,11 @@ def in_parallel(jobs: list, slots: int, begin: Callable) -> Iterator[tuple]:
 
 def versions() -> dict[str, str]:
     """The commit of this repository, and what it ran on."""
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True,
-                         text=True)
+    try:
+        commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent,
+                                capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git here
+        commit = ""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({platform.machine()})"
-    return {"commit": git.stdout.strip(), "python": platform.python_version(), "torch": torch.__version__,
+    return {"commit": commit, "python": platform.python_version(), "torch": torch.__version__,
             "transformers": transformers.__version__, "device": device}

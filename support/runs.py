@@ -7,7 +7,6 @@ import re
 import zlib
 from pathlib import Path
 
-import yaml
 from tqdm import tqdm
 
 from support import config as configs
@@ -115,7 +114,7 @@ class Log:
         # A resumed run keeps the one it has, unless it begins again or is to take more steps.
         if not resumed or start == 0 or configs.read_stored(stored)["steps"] < keys["steps"]:
             (folder / "evaluation.json").unlink(missing_ok=True)
-            replace_text(stored, yaml.safe_dump(configs.nest(keys | {"resume": False}), sort_keys=False))
+            replace_text(stored, configs.write_yaml(configs.nest(keys | {"resume": False})))
         if resumed:
             last = max([row["step"] for row in logs[folder / "metrics.jsonl"]], default=0)
             again = f"steps {start + 1}-{last} are" if last > start + 1 else f"step {last} is"

@@ -119,6 +119,10 @@ def test_training_and_evaluation_never_overlap(tmp_path):
     training, heldout, notes = data.problem_sets(several)
     assert list(heldout) == [str(other), "auto"] and "4 of 30" in notes[0] and "of 26 problems" in notes[1]
     assert len(training) + len(heldout["auto"]) == 26
+    (tmp_path / "more").mkdir()
+    twice = write(tmp_path / "more" / "other.jsonl", GSM8K), write(tmp_path / "more-other.jsonl", GSM8K)
+    with pytest.raises(UserError, match="called the same"):
+        data.problem_sets(config_of(f"data={file}", f"evaluation.data=[{twice[0]},{twice[1]}]"))
     with pytest.raises(UserError, match="data.validation=0.0 .*evaluation.data=FILE"):
         data.problem_sets(config_of(f"data={file}", "data.validation=0.0"))
 

@@ -1,6 +1,7 @@
 """bf16 weights with fp32 masters: what the rounding costs, on a CPU, in figures."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import grpo
 import rollout
 import step as steps
 from support import distributed, models
+from support.config import UserError
 from support.distributed import World
 
 CPU = torch.device("cpu")
@@ -73,6 +75,13 @@ def test_a_parked_reference_changes_nothing(monkeypatch):
     assert torch.equal(kept, parked) and with_it == without
     everything = [p.shape for p in tiny_model().parameters()]
     assert sorted(visits) == sorted(everything) and len(left) == len(everything) - 1  # the head is tied: one stays
+
+
+def test_host_memory_that_cuda_does_not_take_is_told(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: SimpleNamespace(cudaHostRegister=lambda *memory: 2))
+    with pytest.raises(UserError, match="offload=true: CUDA cannot register 12 bytes .*error 2"):
+        distributed.to_host(torch.zeros(3))
 
 
 def test_bf16_samples_what_it_scores():

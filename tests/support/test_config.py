@@ -72,6 +72,7 @@ BAD = {
     "prompt without target": (["prompt.countdown={numbers}"], ["prompt.countdown=", "{target}"]),
     "prompt without problem": (["prompt.plain=Solve it."], ["prompt.plain=", "{problem}"]),
     "unknown grader": (["reward.grader=sympy"], ["reward.grader=sympy", "exact, math_verify or math_verify_text"]),
+    "levels of countdown": (["data.filter=level=3"], ["data.filter=level=3", "data=FILE"]),
     "missing recipe": (["recipe=recipes/no.yaml"], ["recipe=recipes/no.yaml", "no such file"]),
     "validation share above 1": (["data.validation=2.0"], ["data.validation=2.0", "at most 1"]),
     "unknown normaliser": (["grpo.normaliser=batch"], ["batch", "token or sequence"]),
@@ -164,8 +165,27 @@ def test_resume_with_other_settings(tmp_path):
     (tmp_path / "runs" / "mine").mkdir(parents=True)
     keys = config.override(config.read_defaults(), ["name=mine"])
     (tmp_path / "runs" / "mine" / "config.yaml").write_text(yaml.safe_dump(config.nest(keys)))
-    check_message(run_here(tmp_path, "name=mine", "resume=true", "optimizer.lr=0.5"),
-                  f"optimizer.lr={keys['optimizer.lr']}, not 0.5")
+    for word in ("true", "True", "yes"):
+        check_message(run_here(tmp_path, "name=mine", f"resume={word}", "optimizer.lr=0.5"),
+                      f"optimizer.lr={keys['optimizer.lr']}, not 0.5")
+
+
+@pytest.mark.parametrize("name", ["1e-6", "7e12345", "010", "0x1f", "on", "2026-11-22", "1_000", ".5", "null", "a: b"])
+def test_settings_come_back_as_they_were_written(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    keys = config.override(config.read_defaults(), ["steps=7", "optimizer.lr=1e-6"]) | {"name": name}
+    (tmp_path / "runs" / name).mkdir(parents=True)
+    (tmp_path / "runs" / name / "config.yaml").write_text(text := config.write_yaml(config.nest(keys)))
+    assert config.read_stored(tmp_path / "runs" / name / "config.yaml") == keys
+    assert yaml.safe_load(text)["name"] == name  # to YAML 1.1 too
+    if name != "null":  # on the command line that is no name
+        assert config.training_keys([f"name={name}", "resume=yes"])["steps"] == 7
+
+
+def test_half_of_torchruns_variables(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    check_message(run_here(tmp_path), "RANK is set", "torchrun")
 
 
 def test_bad_data_row(tmp_path):

@@ -18,6 +18,7 @@ from transformers import (
     Gemma3TextConfig,
     GemmaConfig,
     GemmaForCausalLM,
+    GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
     Qwen2ForCausalLM,
@@ -123,6 +124,22 @@ def test_a_model_without_a_stop_token_is_told():
         models.stop_ids(model, SimpleNamespace(eos_token_id=None, chat_template=None, get_added_vocab=dict))
 
 
+def test_a_model_that_is_to_sample_but_does_not_say_so_can_be_saved(tmp_path):
+    """A generation_config.json of temperature without do_sample, as that of Llama 2."""
+    source, saved = folder(tmp_path / "model", "llama", chat=False), tmp_path / "saved"
+    (Path(source) / "generation_config.json").write_text(json.dumps(
+        {"temperature": 0.6, "top_p": 0.9, "bos_token_id": 3, "pad_token_id": 4, "eos_token_id": 5}))
+    model, _ = models.load(source)
+    models.set_stop(model, [5, 6])
+    model.save_pretrained(saved)
+    own = GenerationConfig.from_pretrained(saved)
+    assert (own.eos_token_id, own.bos_token_id, own.pad_token_id) == ([5, 6], 3, 4)
+    own = GenerationConfig(do_sample=True, temperature=0.6, eos_token_id=5)
+    model.generation_config = own
+    models.set_stop(model, [5])
+    assert model.generation_config is own and own.temperature == 0.6
+
+
 def test_models_that_post_process_logits_are_refused(tmp_path):
     shape = Gemma2Config(vocab_size=40, hidden_size=32, intermediate_size=32, num_hidden_layers=1, head_dim=8,
                          num_attention_heads=4, num_key_value_heads=2, final_logit_softcapping=0.1)
@@ -187,6 +204,16 @@ def test_the_end_of_a_turn_and_of_a_text_both_stop(family, ends, chat):
     words = tokenizer(family, chat=chat)
     model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=words.eos_token_id))
     assert models.stop_ids(model, words) == sorted(words.convert_tokens_to_ids(ends))
+
+
+def test_a_template_that_says_the_date_says_the_same_tomorrow():
+    words = tokenizer("qwen", chat=True)
+    plain = words.chat_template
+    for own, said in (("{{ strftime_now('%d %b %Y') }}", "26 Jul 2024"), ("", ""),
+                      ("{% if strftime_now is defined %}{{ strftime_now('%s') }}{% endif %}", "26 Jul 2024")):
+        words.chat_template = "\n  " + plain + own
+        assert models.from_template(words, [{"role": "user", "content": "?"}]) == models.from_template(
+            words, [{"role": "user", "content": "?"}], chat_template="\n  " + plain + said)
 
 
 def test_a_template_that_does_not_end_is_told(monkeypatch):

@@ -43,6 +43,12 @@ def test_whoever_opened_a_lock_that_was_removed_since_does_not_hold_it(tmp_path,
         pass
 
 
+def test_a_machine_without_git(monkeypatch):
+    known = processes.versions()
+    monkeypatch.setenv("PATH", "")
+    assert processes.versions() == known | {"commit": ""}
+
+
 @pytest.mark.parametrize("name, reason", [("n" * 300, "File name too long"), ("file", "File exists")])
 def test_a_folder_that_cannot_be_is_told_in_one_line(tmp_path, name, reason):
     (tmp_path / "file").touch()
