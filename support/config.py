@@ -51,8 +51,8 @@ class Dumper(yaml.SafeDumper):
 
 
 Dumper.yaml_implicit_resolvers = {
-    first: yaml.SafeLoader.yaml_implicit_resolvers.get(first, []) + Loader.yaml_implicit_resolvers.get(first, [])
-    for first in yaml.SafeLoader.yaml_implicit_resolvers.keys() | Loader.yaml_implicit_resolvers.keys()}
+    first: known + Loader.yaml_implicit_resolvers[first]
+    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()}
 
 
 def write_yaml(tree: dict) -> str:

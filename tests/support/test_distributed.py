@@ -7,6 +7,9 @@ import sys
 import pytest
 from helpers import ROOT, SMALL
 
+from support import distributed
+from support.config import UserError
+
 # As `torchrun --nproc_per_node=1`: a set-up, one update, the end of the group.
 SCRIPT = f"""
 from pathlib import Path
@@ -63,6 +66,13 @@ def test_a_rank_that_fails_says_so_and_keeps_nobody_waiting(tmp_path, word, told
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the names of threads from /proc")
+def test_half_of_torchruns_variables(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(UserError, match="RANK is set, but not by torchrun"):
+        distributed.setup()
+
+
 def test_no_thread_outlives_the_group(tmp_path):
     """A thread of gloo that asks for the interpreter's lock while Python ends aborts the process, now and then."""
     ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
