@@ -65,7 +65,6 @@ def test_a_rank_that_fails_says_so_and_keeps_nobody_waiting(tmp_path, word, told
     assert f"exitcode  : {1 if word == 'broken' else 2} " in done.stderr, done.stderr
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads the names of threads from /proc")
 def test_half_of_torchruns_variables(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.delenv("LOCAL_RANK", raising=False)
@@ -73,6 +72,7 @@ def test_half_of_torchruns_variables(monkeypatch):
         distributed.setup()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the names of threads from /proc")
 def test_no_thread_outlives_the_group(tmp_path):
     """A thread of gloo that asks for the interpreter's lock while Python ends aborts the process, now and then."""
     ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
