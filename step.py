@@ -26,7 +26,7 @@ import toy
 from micro_batches import MicroBatch, MicroBatches
 from rewards import REWARDS
 from rollout import Rollout
-from support import distributed, memory, models, watch
+from support import distributed, memory, models
 from support.config import UserError, require
 from support.models import hidden_states
 from support.optimizer import MasterAdamW
@@ -293,7 +293,6 @@ def update(
     with loss_module.no_sync() if hasattr(loss_module, "no_sync") else nullcontext():
         totals, last = memory.retried(accumulate, lambda: batches.halve())
     if last is not None:
-        watch.collective()
         totals += backward(last)
     totals = distributed.total(totals)
     norms = [torch.linalg.vector_norm(p.grad, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]

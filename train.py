@@ -36,7 +36,7 @@ import scope
 import step as steps
 from metrics import Stopwatch, is_finite, mean_of, rollout_metrics, selection_metrics
 from rollout import Rollout
-from support import card, checkpoint, distributed, memory, models, processes, runs, signals, watch
+from support import card, checkpoint, distributed, memory, models, processes, runs, signals
 from support.checks import Halted
 from support.files import file_name, json_sum, replace_folder, replace_text
 
@@ -67,7 +67,6 @@ def train(config, keys: dict, folder: Path, problems: list, heldout: dict[str, l
                      disable=world.no_bar):
         clock = Stopwatch()
         signals.finish(f"step {step + 1}")
-        watch.phase(f"the rollouts of step {step + 1}")
 
         # 1 problems, of this rank
         asked, rows = steps.draw_problems(run, step)
@@ -82,7 +81,6 @@ def train(config, keys: dict, folder: Path, problems: list, heldout: dict[str, l
         # 4 advantages: groups are whole on a rank
         advantages = grpo.group_advantages(rewards, config.group_size, eps=config.grpo.advantage_eps)
 
-        watch.phase(f"the update of step {step + 1}")
         if updates > 1:  # ratios to come are then free of what the sampler's cache and padding round differently
             sampled = rollout.rescore(run.policy, sampled, config, world)
         set_rate(run.optimizer, learning_rate(step, config))
@@ -150,7 +148,6 @@ def save_or_stop(folder: Path, step: int, run, log, bad_steps: int, drawn: tuple
     config = run.config
     if bad_steps == config.max_bad_steps:
         give_up(folder, step, run, drawn, f"{bad_steps} steps in a row had no finite loss and gradient")
-    watch.phase(f"the save after step {step}", patient=True)
     stop, last = distributed.highest(signals.asked), step == config.steps
     if stop or last or step % config.save_every == 0 or evaluation_due(step, config):
         if is_finite(run, drawn[0]):
@@ -177,7 +174,6 @@ def give_up(folder: Path, step: int, run, drawn: tuple, reason: str) -> None:
 
 
 def evaluated(run, heldout: list, samples: int, title: str) -> evaluate.Evaluation:
-    watch.phase(f"the {title}", patient=True)
     return evaluate.evaluate(run.policy, run.tokenizer, heldout, run.world, run.config, samples=samples, title=title)
 
 
@@ -335,9 +331,8 @@ def main(keys: dict) -> None:
             dry_run(config, keys, problems, heldout)
         return
     rank = int(os.environ.get("RANK", "0"))
-    with processes.only_one(folder / "lock", rank), distributed.joined(
-            config.precision, config.distributed_timeout) as world, watch.watching(
-            folder / "ranks", world.rank, world.size, 60 * config.distributed_timeout, distributed.barrier):
+    with (processes.only_one(folder / "lock", rank),
+          distributed.joined(config.precision, config.distributed_timeout) as world):
         if config.fit_batches and world.device.type == "cuda":
             _, _, needed = foreseen(config, problems, heldout, world.size)
             words = memory.fit(0.9 * torch.cuda.mem_get_info()[0], config, needed)

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from support import signals, watch
+from support import signals
 from support.config import UserError, require
 
 
@@ -86,7 +86,7 @@ def joined(precision: str = "auto", timeout: float = 30) -> Iterator[World]:
 
 def setup(precision: str = "auto", timeout: float = 30) -> World:
     """Joins the process group if torchrun started us: nccl on CUDA, gloo on CPU. precision: auto, fp32 or bf16."""
-    patience = timedelta(minutes=watch.PATIENT * timeout + 1)  # watch.py, which names a rank, is to be the first
+    patience = timedelta(minutes=timeout)
     if precision == "auto":
         precision = "bf16" if torch.cuda.is_available() else "fp32"
     if torch.cuda.is_available():
@@ -148,13 +148,11 @@ def size() -> int:
 def broadcast(x: Tensor, source: int) -> None:
     """Rank `source`'s values, in place on the others."""
     if dist.is_initialized():
-        watch.collective()
         dist.broadcast(x.detach(), source)
 
 
 def barrier() -> None:
     if dist.is_initialized():
-        watch.collective()
         dist.barrier()
 
 
@@ -191,7 +189,6 @@ def gather(x: Tensor) -> Tensor:
     """The rows of all ranks, in rank order; ranks may hold different numbers of rows.  [n, ..] -> [sum of n, ..]"""
     if not dist.is_initialized():
         return x
-    watch.collective()
     counts = [torch.zeros(1, dtype=torch.long, device=x.device) for _ in range(dist.get_world_size())]
     dist.all_gather(counts, torch.tensor([len(x)], device=x.device))
     longest = max(int(count) for count in counts)
@@ -206,7 +203,6 @@ def gather_objects(x) -> list:
     """Something small of every rank, in rank order."""
     if not dist.is_initialized():
         return [x]
-    watch.collective()
     found = [None] * dist.get_world_size()
     dist.all_gather_object(found, x)
     return found
@@ -215,7 +211,6 @@ def gather_objects(x) -> list:
 def total(x: Tensor) -> Tensor:
     """The sum over ranks."""
     if dist.is_initialized():
-        watch.collective()
         x = x.clone()
         dist.all_reduce(x)
     return x

@@ -10,7 +10,7 @@ import time
 import pytest
 from helpers import ROOT
 
-HEAD = "import os, signal, subprocess, sys, time\nfrom support import signals, watch\n"
+HEAD = "import os, signal, subprocess, sys, time\nfrom support import signals\n"
 STEPS = HEAD + """
 signals.listen()
 signals.way_on = "resume=true"
@@ -80,28 +80,3 @@ def test_torchrun_finds_the_last_words(tmp_path):
     assert (done.returncode, done.stderr) == (2, "error: seed=x: give a number\n")
     found = json.loads((tmp_path / "error.json").read_text())["message"]
     assert found["extraInfo"]["py_callstack"] == "error: seed=x: give a number" and found["extraInfo"]["timestamp"]
-
-
-WATCHED = HEAD + """
-from pathlib import Path
-rank, folder = int(sys.argv[1]), Path(sys.argv[2])
-with watch.watching(folder, rank, 2, 0.5, lambda: None):
-    watch.collective()
-    watch.phase(f"the rollouts of step {3 + rank}")
-    print("on", flush=True)
-    time.sleep(0.3)
-    if rank == 0:
-        watch.collective()  # waits for rank 1, which never comes
-    time.sleep(1.5)
-"""
-
-
-def test_a_rank_that_keeps_others_waiting_is_named(tmp_path):
-    processes = []
-    for rank in ("0", "1"):
-        processes.append(start(WATCHED, rank, str(tmp_path / "ranks")))
-        processes[-1].stdout.readline()
-    (_, told), (_, other) = (process.communicate(timeout=20) for process in processes)
-    assert [process.returncode for process in processes] == [1, 0] and not other
-    assert "rank 0 of 2 has waited" in told and "in the rollouts of step 3 for rank 1, which is in the rollouts of " \
-        "step 4 since" in told and told.count("\n") == 1
