@@ -21,6 +21,7 @@ if __name__ == "__main__":  # before torch is imported: a typo is reported at on
 import json
 import math
 import os
+import signal
 from functools import partial
 from pathlib import Path
 
@@ -53,7 +54,6 @@ def train(config, keys: dict, folder: Path, problems: list, heldout: dict[str, l
     start = checkpoint.step_of(saved) if saved else 0
     log = runs.Log(folder, keys, start, active=world.is_main)
     log.print(introduction(folder, run))
-    signals.way_on = f"{'python' if world.size == 1 else 'torchrun ...'} train.py name={folder.name} resume=true"
     base = base_evaluations(run, heldout, folder, resumed=start > 0)  # as long as the policy is the base model
     if saved:
         checkpoint.load(saved, run)
@@ -66,7 +66,7 @@ def train(config, keys: dict, folder: Path, problems: list, heldout: dict[str, l
     for step in tqdm(range(start, config.steps), desc="training", initial=start, total=config.steps, unit="step",
                      disable=world.no_bar):
         clock = Stopwatch()
-        signals.finish(f"step {step + 1}")
+        signals.hear(signals.note)
 
         # 1 problems, of this rank
         asked, rows = steps.draw_problems(run, step)
@@ -148,7 +148,7 @@ def save_or_stop(folder: Path, step: int, run, log, bad_steps: int, drawn: tuple
     config = run.config
     if bad_steps == config.max_bad_steps:
         give_up(folder, step, run, drawn, f"{bad_steps} steps in a row had no finite loss and gradient")
-    stop, last = distributed.highest(signals.asked), step == config.steps
+    stop, last = distributed.highest(signals.asked), step == config.steps  # the same on every rank
     if stop or last or step % config.save_every == 0 or evaluation_due(step, config):
         if is_finite(run, drawn[0]):
             checkpoint.save(folder, step, run)
@@ -156,12 +156,14 @@ def save_or_stop(folder: Path, step: int, run, log, bad_steps: int, drawn: tuple
             give_up(folder, step, run, drawn, "the weights give no finite gradient")
         else:
             log.print(f"warning: step {step} is not saved, for the weights give no finite gradient")
-        stop = distributed.highest(signals.asked)
     if stop:
         log.close()
-        signals.leave(stop, f"step {step} is finished and saved")
-    if last or evaluation_due(step, config):
-        signals.finish("")  # an evaluation can be stopped at once; else a signal is the next step's
+        launcher = "python" if run.world.size == 1 else "torchrun ..."
+        if run.world.is_main:
+            print(f"{signal.Signals(stop).name}: step {step} is finished and saved; to go on: {launcher} train.py "
+                  f"name={folder.name} resume=true", file=sys.stderr, flush=True)
+        raise SystemExit(128 + stop)
+    signals.hear(signal.SIG_DFL)  # an evaluation can be stopped at once
 
 
 def give_up(folder: Path, step: int, run, drawn: tuple, reason: str) -> None:

@@ -4,6 +4,7 @@ Standard library and yaml only, so that a typo is reported before torch is impor
 """
 
 import difflib
+import json
 import os
 import re
 import sys
@@ -15,7 +16,6 @@ from types import SimpleNamespace
 
 import yaml
 
-from support import signals
 from support.checks import UserError, check, check_file, check_model, listed, require
 
 DEFAULTS = Path(__file__).parents[1] / "config.yaml"
@@ -71,16 +71,24 @@ def read_yaml(text: str):
 
 @contextmanager
 def one_line_errors():
-    """Turns a UserError into its message on stderr (once, from rank 0) and its exit code; a signal into a line too."""
-    signals.listen()
+    """Turns a UserError into its message on stderr (once, from rank 0) and its exit code."""
     try:
         yield
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
-            signals.report(f"error: {error}")
+            report(f"error: {error}")
         else:
             time.sleep(2)  # torchrun ends all ranks with the first: let rank 0 speak
         sys.exit(error.status)
+
+
+def report(line: str) -> None:
+    """On stderr, and where torchrun looks for the last words of its own long report."""
+    print(line, file=sys.stderr, flush=True)
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        extra = {"py_callstack": line, "timestamp": str(int(time.time()))}
+        with open(file, "w") as opened:
+            json.dump({"message": {"message": line, "extraInfo": extra}}, opened)
 
 
 def print_notes(notes: list[str]) -> None:

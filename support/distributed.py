@@ -18,8 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from support import signals
-from support.config import UserError, require
+from support.config import UserError, report, require
 
 
 @dataclass
@@ -66,17 +65,13 @@ def joined(precision: str = "auto", timeout: float = 30) -> Iterator[World]:
         if isinstance(error, UserError):  # usually on all ranks alike: rank 0 speaks, for torchrun ends all with one
             if not world.is_main:
                 time.sleep(2)
-            signals.report(f"error: {error}" + f" (rank {world.rank})" * (not world.is_main))
+            report(f"error: {error}" + f" (rank {world.rank})" * (not world.is_main))
             os._exit(error.status)
-        if signals.asked:  # torchrun ends this rank for another's sake, or one was faster
-            print(f"rank {world.rank} of {world.size} ended, probably while it waited for others "
-                  f"({type(error).__name__}: {error})", file=sys.stderr, flush=True)
-            os._exit(128 + signals.asked)
         traceback.print_exc()
         ours = [frame for frame in traceback.extract_tb(error.__traceback__)
                 if Path(frame.filename).parent == Path(sys.argv[0]).resolve().parent]
         place = f"in {ours[-1].name} ({Path(ours[-1].filename).name}, line {ours[-1].lineno})" if ours else ""
-        signals.report(f"rank {world.rank} of {world.size} failed {place}: {type(error).__name__}: {error}")
+        report(f"rank {world.rank} of {world.size} failed {place}: {type(error).__name__}: {error}")
         os._exit(1)
     except SystemExit:  # a signal, which all ranks know of
         shutdown()
@@ -103,7 +98,6 @@ def setup(precision: str = "auto", timeout: float = 30) -> World:
         return World(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"), precision)
     require({"LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE"} <= os.environ.keys(),
             "RANK is set, but not by torchrun: start with torchrun, or unset it")
-    signals.end_with_parent()  # torchrun, killed, cannot end its ranks
     # Some defaults in these modules keep the group that exists when they are imported; so before there is one.
     importlib.import_module("torch.distributed.nn")
     importlib.import_module("torch.distributed.optim")

@@ -1,4 +1,4 @@
-"""Other processes: started so that they end with this one; and what software a result came from."""
+"""Other processes: runs in parallel, and locks against a second one; and what software a result came from."""
 
 import fcntl
 import os
@@ -15,14 +15,13 @@ import torch
 import transformers
 
 from support.config import UserError
-from support.signals import end_with_parent
 
 
 def start(command: list[str], log: Path, environment: dict[str, str]) -> subprocess.Popen:
     """The command in the background, what it prints in `log`."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as output:
-        return subprocess.Popen(command, stdout=output, stderr=output, env=environment, preexec_fn=end_with_parent)
+        return subprocess.Popen(command, stdout=output, stderr=output, env=environment)
 
 
 @contextmanager

@@ -29,10 +29,8 @@ def run_here(cwd, *arguments, command=train, keys=config.training_keys):
     """The same without a process of its own."""
     stderr = io.StringIO()
     with contextlib.chdir(cwd), contextlib.redirect_stderr(stderr), pytest.raises(SystemExit) as ended:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(config.signals, "listen", lambda: None)  # pytest has its own way to stop
-            with config.one_line_errors():
-                command.main(keys(list(arguments)))
+        with config.one_line_errors():
+            command.main(keys(list(arguments)))
     return SimpleNamespace(returncode=ended.value.code, stderr=stderr.getvalue())
 
 
