@@ -57,8 +57,10 @@ class Completions:
 def sample_and_grade(model, tokenizer, problems, prompts, rows, world, config, *, samples, seed, progress):
     """Rows (problem * samples + sample) drawn and graded: the rollout, correct [len(rows)] bool, and the texts."""
     with world.autocast():
-        sampled = rollout.draw(config, model, [prompts[row // samples] for row in rows], list(rows), seed=seed,
-                               stop=models.stop_ids(model, tokenizer), step=STEP, progress=progress)
+        sampled = rollout.sample(
+            model, [prompts[row // samples] for row in rows], list(rows), stop=models.stop_ids(model, tokenizer),
+            max_new_tokens=config.max_new_tokens, temperature=config.temperature, seed=seed, step=STEP,
+            batch_size=config.rollout.batch_size, segment=config.rollout.segment, progress=progress)
     asked = [problems[row // samples] for row in rows]
     return sampled, *steps.grade(tokenizer, asked, sampled, config.reward.grader)
 

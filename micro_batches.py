@@ -9,12 +9,10 @@ from types import SimpleNamespace
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import grpo
 from rollout import Rollout
 from support import distributed, models
-from support.checks import Halted
 from support.models import hidden_states
 
 
@@ -39,8 +37,9 @@ class MicroBatch:
 
 @dataclass
 class MicroBatches:
-    """This rank's rows in micro-batches of similar length, the longest first, cut anew each time that they are gone
-    through; and whether each is the one of DDP's synchronised backward.
+    """This rank's rows in micro-batches of similar length, the longest first, and whether each is the last one.
+
+    There is at least one: every rank takes part in the backward that adds up the gradients of all.
 
     Rows without any gradient are left out. The reference model runs before the first micro-batch, on rows where it is
     needed.
@@ -54,20 +53,17 @@ class MicroBatches:
     config: SimpleNamespace
     world: distributed.World
 
-    def __post_init__(self):
-        """B over all ranks; from here on no rank waits for others."""
-        self.completions = float(distributed.total(torch.tensor(len(self.advantages), device=self.advantages.device)))
-
     def __iter__(self) -> Iterator[tuple[MicroBatch, bool]]:
         sampled, selection, config = self.sampled, self.selection, self.config
         advantages, correct, reference = self.advantages, self.correct, self.reference
+        completions = float(distributed.total(torch.tensor(len(advantages), device=advantages.device)))  # of all ranks
         mask, lengths, objective = sampled.mask, sampled.lengths, grpo.OBJECTIVES[config.objective]
         counted, num_counted = mask, len(selection.flat["marked"])
         if objective.mean_over_marked:
             counted, num_counted = selection.marked, int(selection.flat["marked"].sum())
-        sequence_weight = 1 / (lengths * self.completions)
+        sequence_weight = 1 / (lengths * completions)
         if config.grpo.normaliser == "sequence":
-            weight = 1 / (counted.sum(dim=1).clamp(min=1) * self.completions)
+            weight = 1 / (counted.sum(dim=1).clamp(min=1) * completions)
         else:
             weight = torch.full_like(sequence_weight, 1 / max(num_counted, 1))
 
@@ -79,13 +75,9 @@ class MicroBatches:
         if compared.any():
             place[compared] = torch.arange(int(compared.sum()), device=mask.device)
             reference_states = states_of(reference, sampled, compared, place, config, self.world)
-        rows, alone = has_gradient.nonzero().squeeze(1).tolist() or [0], []
-        if torch.distributed.is_initialized():
-            # Ranks wait for each other in the synchronised backward, which therefore cannot be done again where memory
-            # runs out: it has one row, the shortest, and all else comes before. Every rank has one, needed or not.
-            alone = [min(rows, key=lambda row: (len(sampled.prompts[row]) + int(lengths[row]), row))]
-        parts = list(sampled.cut([row for row in rows if row not in alone], config))[::-1]
-        for part in parts + [alone] * bool(alone):
+        rows = has_gradient.nonzero().squeeze(1).tolist() or [0]
+        parts = list(sampled.cut(rows, config))[::-1]
+        for part in parts:
             tokens, predicts = sampled.pack(part)
             valid, reference_hidden = mask[part], None
             if compared[part].any():
@@ -99,18 +91,7 @@ class MicroBatches:
                 tokens, predicts, flat(sampled.tokens), flat(sampled.logprobs), flat(advantages), flat(weight),
                 flat(sequence_weight), flat(selection.marked), flat(correct), flat(selection.selected), flat(compared),
                 reference_hidden, reference.get_output_embeddings() if reference is not None else None,
-            ), part is alone
-
-    def halve(self) -> None:
-        """Half as much at once, for the rest of the run."""
-        parts = list(self.sampled.cut(range(len(self.sampled.mask)), self.config))
-        if max(map(len, parts)) == 1:
-            raise Halted("out of memory in the update with one completion at a time: give gradient_checkpointing=true, "
-                         "offload=true, a smaller logits_chunk or max_new_tokens, or more ranks")
-        several = [part for part in parts if len(part) > 1]  # one completion alone may be over the limit
-        self.config.micro_batch_tokens = max(self.sampled.pack(part)[0].numel() for part in several) // 2
-        tqdm.write(f"out of memory in the update: micro_batch_tokens={self.config.micro_batch_tokens} from here on "
-                   f"(rank {self.world.rank})")
+            ), part is parts[-1]
 
 
 @torch.no_grad()

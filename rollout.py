@@ -16,12 +16,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import LogitsProcessor
 
 import grpo
-from support import distributed, memory
-from support.checks import Halted
 from support.generation import begin, generation_config, sampling_mode
 from support.models import hidden_states
 
@@ -219,28 +216,6 @@ def sample(
     width = int(mask.sum(dim=1).max()) if len(prompts) else 0
     record = {name: values.masked_fill(~mask, 0.0)[:, :width] for name, values in record.items()}
     return Rollout(list(prompts), tokens.masked_fill(~mask, 0)[:, :width], mask[:, :width], stopped, **record)
-
-
-fits = math.inf  # completions at once, found out by running out of memory
-
-
-def draw(config, model, prompts: list[list[int]], rows: list[int], **more) -> Rollout:
-    """`sample` as config says; where memory runs out, fewer completions at once for the rest of the run."""
-
-    def attempt() -> Rollout:
-        return sample(model, prompts, rows, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
-                      batch_size=min(config.rollout.batch_size, fits), segment=config.rollout.segment, **more)
-
-    def halve() -> None:
-        global fits
-        at_once = min(config.rollout.batch_size, fits, len(prompts))
-        if at_once == 1:
-            raise Halted("out of memory in sampling with one completion at a time: give a smaller max_new_tokens, "
-                         "offload=true or more ranks")
-        fits = at_once // 2
-        tqdm.write(f"out of memory in sampling: rollout.batch_size={fits} from here on (rank {distributed.rank()})")
-
-    return memory.retried(attempt, halve)
 
 
 def decode(tokenizer, rollout: Rollout) -> list[str]:

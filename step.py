@@ -7,7 +7,6 @@ Shapes: B completions of this rank, C their padded length; N valid tokens of an 
 import copy
 import inspect
 import math
-from contextlib import nullcontext
 from dataclasses import dataclass
 from operator import attrgetter
 from types import SimpleNamespace
@@ -26,7 +25,7 @@ import toy
 from micro_batches import MicroBatch, MicroBatches
 from rewards import REWARDS
 from rollout import Rollout
-from support import distributed, memory, models
+from support import distributed, models
 from support.config import UserError, require
 from support.models import hidden_states
 from support.optimizer import MasterAdamW
@@ -79,8 +78,7 @@ def set_up(config, problems: list[dict], world, *, weights: bool = True, trainin
 
 
 def in_ranks(loss_module, device) -> DistributedDataParallel:
-    """Nothing is sent but the gradients of the synchronised backward. Buffers are constants: to send them in a forward
-    would make the others wait for a rank that does its micro-batches again."""
+    """Nothing is sent but the gradients, in the last backward of an update: buffers are constants."""
     known = inspect.signature(DistributedDataParallel).parameters  # torch before 2.13 has the older name
     constant = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     return DistributedDataParallel(loss_module, device_ids=[device.index] if device.type == "cuda" else None,
@@ -125,9 +123,11 @@ def sample(run: Run, problems: list[dict], rows: list[int], step: int) -> Rollou
     """Step 2: a completion for each problem; its row number decides its draws, whatever the number of ranks."""
     config = run.config
     with run.world.autocast():
-        return rollout.draw(
-            config, run.policy, data.prompt_ids(run.tokenizer, problems, config.prompt), rows, stop=run.stop,
-            seed=config.seed, step=step, collision=scope.STRATEGIES[config.selection.strategy].needs_collision)
+        return rollout.sample(
+            run.policy, data.prompt_ids(run.tokenizer, problems, config.prompt), rows, stop=run.stop,
+            max_new_tokens=config.max_new_tokens, temperature=config.temperature, seed=config.seed, step=step,
+            batch_size=config.rollout.batch_size, segment=config.rollout.segment,
+            collision=scope.STRATEGIES[config.selection.strategy].needs_collision)
 
 
 def reward(run: Run, problems: list[dict], sampled: Rollout) -> tuple[Tensor, Tensor, list[str]]:
@@ -272,28 +272,14 @@ def update(
     num_tokens, num_selected = len(selection.flat["selected"]), int(selection.flat["selected"].sum())
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
-    def backward(batch) -> Tensor:
-        """Adds to the gradient; returns the sums over tokens."""
+    optimizer.zero_grad(set_to_none=False)  # None would make a second set of gradients beside DDP's buckets
+    totals = torch.zeros(6, device=world.device)  # sums over tokens
+    for batch, is_last in batches:
+        loss_module.require_backward_grad_sync = is_last  # ranks add up their gradients in the last backward, if at all
         with world.autocast():
             loss, sums = loss_module(batch, num_tokens, num_selected, on_policy)
         loss.backward()
-        return sums
-
-    def accumulate() -> tuple[Tensor, object]:
-        """All but the synchronised micro-batch, which is returned. No rank waits for another here (but once, in the
-        second update's first forward, where DDP orders its buckets): so this one may do it again."""
-        optimizer.zero_grad(set_to_none=False)  # None would make a second set of gradients beside DDP's buckets
-        totals = torch.zeros(6, device=world.device)
-        for batch, synchronised in batches:
-            if synchronised:
-                return totals, batch
-            totals += backward(batch)
-        return totals, None
-
-    with loss_module.no_sync() if hasattr(loss_module, "no_sync") else nullcontext():
-        totals, last = memory.retried(accumulate, lambda: batches.halve())
-    if last is not None:
-        totals += backward(last)
+        totals += sums
     totals = distributed.total(totals)
     norms = [torch.linalg.vector_norm(p.grad, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
     norm = torch.stack(norms).norm()  # of bf16 gradients too in fp32

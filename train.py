@@ -158,9 +158,8 @@ def save_or_stop(folder: Path, step: int, run, log, bad_steps: int, drawn: tuple
             log.print(f"warning: step {step} is not saved, for the weights give no finite gradient")
     if stop:
         log.close()
-        launcher = "python" if run.world.size == 1 else "torchrun ..."
         if run.world.is_main:
-            print(f"{signal.Signals(stop).name}: step {step} is finished and saved; to go on: {launcher} train.py "
+            print(f"{signal.Signals(stop).name}: step {step} is finished and saved; to go on: the same command with "
                   f"name={folder.name} resume=true", file=sys.stderr, flush=True)
         raise SystemExit(128 + stop)
     signals.hear(signal.SIG_DFL)  # an evaluation can be stopped at once
@@ -339,7 +338,11 @@ def main(keys: dict) -> None:
             _, _, needed = foreseen(config, problems, heldout, world.size)
             words = memory.fit(0.9 * torch.cuda.mem_get_info()[0], config, needed)
             configs.print_notes([f"fit_batches: {words}"])
-        train(config, keys, folder, problems, heldout, world)
+        try:
+            train(config, keys, folder, problems, heldout, world)
+        except torch.OutOfMemoryError:
+            raise Halted("out of memory: give a smaller micro_batch_tokens= (in an update) or rollout.batch_size= (in "
+                         "sampling), and resume=true to go on from the last save") from None
 
 
 if __name__ == "__main__":

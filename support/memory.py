@@ -1,12 +1,10 @@
-"""The dry run: what a run would be, its settings, prompt, numbers and memory. No weight is loaded. And what is done
-where memory runs out all the same (`retried`).
+"""The dry run: what a run would be, its settings, prompt, numbers and memory. No weight is loaded.
 
 The memory is what PyTorch's allocator would hold at its peak on each rank, from shapes alone. The factors below were
 fitted to the live tensors of real updates and rollouts (a test does so), in both precisions.
 """
 
 import copy
-import gc
 
 import torch
 
@@ -99,19 +97,6 @@ def fit(capacity: float, config, needed) -> str:
             return (f"rollout.batch_size={config.rollout.batch_size} micro_batch_tokens={config.micro_batch_tokens}"
                     + " offload=true" * offload)
     return "too small, whatever the batches"
-
-
-def retried(attempt, halve):
-    """attempt(), again after halve() as often as it runs out of memory."""
-    while True:
-        try:
-            return attempt()
-        except torch.OutOfMemoryError:
-            pass  # not here: until this block ends its traceback keeps the tensors
-        halve()
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
 
 
 def report(

@@ -25,22 +25,7 @@ def moved(policy):
     return policy
 
 
-def little_memory(model, room: int) -> None:
-    """Stands in for a device: more than `room` tokens at once do not fit, in the backward if there is one."""
-
-    def out_of_memory(gradient):
-        raise torch.OutOfMemoryError("made up")
-
-    def check(module, arguments, output):
-        hidden = output.last_hidden_state
-        if hidden.shape[0] * hidden.shape[1] > room:
-            hidden.register_hook(out_of_memory) if hidden.requires_grad else out_of_memory(None)
-
-    model.base_model.register_forward_hook(check)
-
-
-def step_gradient(world, *, rewards_of, micro_batch_size=4, logits_chunk=5, strategy="scope", more=(), on_policy=True,
-                  room=0):
+def step_gradient(world, *, rewards_of, micro_batch_size=4, logits_chunk=5, strategy="scope", more=(), on_policy=True):
     """One update of 8 prompts x 4 completions: the selection of all ranks [N], the gradient by name, the metrics."""
     keys = configs.override(configs.read_defaults(), [
         "prompts_per_step=8", "group_size=4", f"selection.strategy={strategy}", "selection.kl_coef=0.7",
@@ -64,8 +49,6 @@ def step_gradient(world, *, rewards_of, micro_batch_size=4, logits_chunk=5, stra
     selection = steps.select(current, sampled.logprobs, advantages, config, seed=0)
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
     batches = steps.MicroBatches(sampled, advantages, correct, selection, reference, config, world)
-    if room and torch.distributed.is_initialized() and world.rank == world.size - 1:  # the others know nothing of it
-        little_memory(policy, room), little_memory(reference, 2 * room)
     metrics = steps.update(objective, optimizer, batches, selection, on_policy=on_policy, world=world,
                            max_grad_norm=1e9)
     gradient = {name: p.grad.clone() for name, p in policy.named_parameters()}
@@ -90,7 +73,6 @@ SCENARIOS = {
     "idle rank": {"rewards_of": only_first_half, "micro_batch_size": 3},
     "all wrong": {"rewards_of": wrong},
     "uniform": {"rewards_of": only_first_half, "strategy": "uniform"},
-    "out of memory": {"rewards_of": by_length, "micro_batch_size": 16, "room": 50},
     "sequence": {"rewards_of": by_length, "more": ["grpo.normaliser=sequence", "objective=div", "div.coef=0.5"]},
     "all terms": {"rewards_of": only_first_half,
                   "more": ["grpo.kl_coef=0.3", "grpo.entropy_coef=0.2", "selection.kl=k3", "objective=forking_rl"]},

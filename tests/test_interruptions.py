@@ -64,7 +64,8 @@ def test_a_real_run_that_is_terminated(tmp_path):
     _, told = process.communicate(timeout=100)
     assert process.returncode == 143
     last = len(metrics_of(tmp_path / "runs" / "run")) - 1
-    assert told == f"SIGTERM: step {last} is finished and saved; to go on: python train.py name=run resume=true\n"
+    assert told == f"SIGTERM: step {last} is finished and saved; to go on: the same command with " \
+                   "name=run resume=true\n"
 
 
 def test_numbers_that_are_not_finite_are_not_saved(in_tmp, monkeypatch, capsys):
@@ -93,6 +94,16 @@ def test_a_last_step_that_is_not_finite_leaves_no_model(in_tmp):
         train.main(configs.training_keys([*SMALL, "steps=1", "optimizer.lr=1e20", "reward=trajectory_likelihood",
                                           "name=broken"]))
     assert not {"model", "checkpoint", "checkpoints"} & {path.name for path in (in_tmp / "runs" / "broken").iterdir()}
+
+
+def test_out_of_memory_is_told_in_one_line(in_tmp, monkeypatch):
+    def update(*arguments, **named):
+        raise torch.OutOfMemoryError("made up")
+
+    monkeypatch.setattr(steps, "update", update)
+    with pytest.raises(Halted, match="^out of memory: .*micro_batch_tokens.*rollout.batch_size.*resume=true") as ended:
+        train.main(configs.training_keys([*SMALL, "name=broken"]))
+    assert ended.value.status == 1 and "\n" not in str(ended.value)
 
 
 def test_a_grader_that_stumbles_ends_no_run(in_tmp, monkeypatch, capsys):

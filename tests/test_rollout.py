@@ -10,7 +10,6 @@ from transformers import GenerationConfig
 import grpo
 import rollout
 from support import models
-from support.checks import Halted
 
 STOP = [1, 5]
 
@@ -327,25 +326,6 @@ def test_progress_counts_every_completion_once(model, prompts):
     done = []
     sample(model, prompts, segment=3, batch_size=5, progress=done.append)
     assert sum(done) == len(prompts)
-
-
-def test_out_of_memory_draws_the_same_with_fewer_rows_at_once(model, prompts, capsys, monkeypatch):
-    monkeypatch.setattr(rollout, "fits", math.inf)
-    whole, config = sample(model, prompts), config_of("max_new_tokens=20", "rollout.segment=3")
-    limit = 4
-
-    def check(module, arguments, named):
-        if len(named.get("input_ids", arguments and arguments[0])) > limit:
-            raise torch.OutOfMemoryError("made up")
-
-    model.base_model.register_forward_pre_hook(check, with_kwargs=True)
-    drawn = rollout.draw(config, model, prompts, list(range(len(prompts))), stop=STOP, seed=3, step=2)
-    assert rows_of(drawn) == rows_of(whole) and rollout.fits == 3  # of 12 rows, 6, 3
-    torch.testing.assert_close(drawn.logprobs, whole.logprobs, rtol=0, atol=1e-5)
-    assert "out of memory in sampling: rollout.batch_size=3 from here on" in capsys.readouterr().out
-    limit = 0
-    with pytest.raises(Halted, match="one completion at a time"):
-        rollout.draw(config, model, prompts, list(range(len(prompts))), stop=STOP, seed=3, step=2)
 
 
 def test_uniform_entropy_at_a_blank_model():

@@ -16,7 +16,6 @@ import step as steps
 import toy
 import train
 from support import distributed
-from support.checks import Halted
 from support.distributed import World
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -143,25 +142,6 @@ def test_gradients_stay_in_the_buckets_of_ddp(tmp_path, monkeypatch):
         distributed.shutdown()
 
 
-def test_no_memory_for_one_completion_is_told():
-    sampled = rollout.from_completions([[2, 3]] * 3, [[4], [5, 6], [7, 8, 9]], "cpu")
-    selection = made_up_selection(sampled)
-    batches = steps.MicroBatches(sampled, torch.ones(3), None, selection, None, config_of(), ALONE)
-    batches.halve()
-    assert batches.config.micro_batch_tokens == 3 * 5 // 2
-    with pytest.raises(Halted, match="with one completion at a time: give gradient_checkpointing=true"):
-        batches.halve()
-
-
-def test_one_long_completion_among_short_ones_is_halved_to_an_end():
-    """The long one is over any limit, alone; the limit falls all the same until the short ones are alone too."""
-    sampled = rollout.from_completions([[2, 3]] * 6, [list(range(4, 39)) * 3, *[[4, 5]] * 5], "cpu")
-    batches = steps.MicroBatches(sampled, torch.ones(6), None, made_up_selection(sampled), None, config_of(), ALONE)
-    with pytest.raises(Halted, match="with one completion at a time"):
-        for _ in range(20):
-            batches.halve()
-
-
 def made_up_selection(sampled, selected=None):
     """A Selection of one rank with nothing marked."""
     selected = torch.zeros_like(sampled.mask) if selected is None else selected
@@ -184,7 +164,7 @@ def test_rows_without_effect_are_left_out():
         return list(steps.MicroBatches(sampled, advantages, correct, selection, policy, config, ALONE))
 
     batches = rows()
-    assert [(len(batch.tokens), synchronised) for batch, synchronised in batches] == [(1, False), (2, False)]
+    assert [(len(batch.tokens), is_last) for batch, is_last in batches] == [(1, False), (2, True)]
     assert sum(len(batch.reference_hidden) for batch, _ in batches if batch.reference_hidden is not None) == 1
     assert sum(len(batch.tokens) for batch, _ in rows("objective=div")) == 4  # and the correct row
     marked = torch.zeros_like(sampled.mask)
@@ -226,7 +206,7 @@ def test_a_gradient_that_is_not_finite_is_skipped():
             return sum(p.sum() for p in policy.parameters()) * float("nan"), torch.zeros(6)
 
     selection = steps.Selection(None, None, {"selected": torch.zeros(1, dtype=torch.bool)})
-    steps.update(Broken(), optimizer, [(None, False)], selection, on_policy=True, world=ALONE, max_grad_norm=1.0)
+    steps.update(Broken(), optimizer, [(None, True)], selection, on_policy=True, world=ALONE, max_grad_norm=1.0)
     assert all(torch.equal(p, before[name]) for name, p in policy.named_parameters())
 
 
