@@ -22,7 +22,6 @@ import json
 import math
 import os
 import signal
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -287,25 +286,19 @@ def finish(folder: Path, log, run, trained: dict[str, evaluate.Evaluation]) -> N
 # ---------------------------------------------------------------- the command
 
 
-def foreseen(config, problems: list, heldout: dict[str, list], ranks: int):
-    """Before any weight is loaded: the run with a blank policy, every prompt, and what memory a config would need."""
+def dry_run(config, keys: dict, problems: list, heldout: dict[str, list]) -> None:
+    """Prints what the run would be, before any weight is loaded: with a blank policy."""
+    ranks, defaults = int(os.environ.get("WORLD_SIZE", "1")), configs.read_defaults()
     run = steps.set_up(config, problems, distributed.World(0, ranks, torch.device("meta")), weights=False)
     asked = run.problems + [problem for own in heldout.values() for problem in own]
     prompts = data.prompt_ids(run.tokenizer, asked, config.prompt)
     models.check_lengths(run.policy.config, prompts, config.max_new_tokens)
     strategy = scope.STRATEGIES[config.selection.strategy]
-    needed = partial(
-        memory.estimate, run.policy.config, sum(p.numel() for p in run.policy.parameters()), ranks=ranks,
+    needed = memory.estimate(
+        run.policy.config, sum(p.numel() for p in run.policy.parameters()), config, ranks=ranks,
         precision="fp32" if config.precision == "fp32" else "bf16", prompt=max(map(len, prompts)),
         reference=strategy.selects or config.grpo.kl_coef > 0,
         all_selected=strategy.share == 1 or config.grpo.kl_coef > 0)
-    return run, prompts, needed
-
-
-def dry_run(config, keys: dict, problems: list, heldout: dict[str, list]) -> None:
-    """Prints what the run would be."""
-    ranks, defaults = int(os.environ.get("WORLD_SIZE", "1")), configs.read_defaults()
-    run, prompts, needed = foreseen(config, problems, heldout, ranks)
     print(memory.report(
         run.policy, run.tokenizer, changed={key: value for key, value in keys.items() if value != defaults[key]},
         prompts=prompts, problems=len(run.problems), heldout=sum(map(len, heldout.values())), config=config,
@@ -334,10 +327,6 @@ def main(keys: dict) -> None:
     rank = int(os.environ.get("RANK", "0"))
     with (processes.only_one(folder / "lock", rank),
           distributed.joined(config.precision, config.distributed_timeout) as world):
-        if config.fit_batches and world.device.type == "cuda":
-            _, _, needed = foreseen(config, problems, heldout, world.size)
-            words = memory.fit(0.9 * torch.cuda.mem_get_info()[0], config, needed)
-            configs.print_notes([f"fit_batches: {words}"])
         try:
             train(config, keys, folder, problems, heldout, world)
         except torch.OutOfMemoryError:

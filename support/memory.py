@@ -4,8 +4,6 @@ The memory is what PyTorch's allocator would hold at its peak on each rank, from
 fitted to the live tensors of real updates and rollouts (a test does so), in both precisions.
 """
 
-import copy
-
 import torch
 
 GB = 1e9
@@ -82,31 +80,14 @@ def estimate(
                     "total": fixed + max(update, sampling)}
 
 
-def fit(capacity: float, config, needed) -> str:
-    """Gives config the largest batches, powers of two, that take at most `capacity` bytes; says so in words as given
-    on the command line. needed: `estimate` of a config; `offload` is taken where nothing fits without."""
-    for offload in dict.fromkeys((config.offload, True)):
-        config.offload = offload
-        for config.rollout.batch_size in (2**i for i in range(9, -1, -1)):
-            if needed(config)["sampling"] <= capacity:
-                break
-        for config.micro_batch_tokens in (2**i for i in range(17, 9, -1)):
-            if needed(config)["update"] <= capacity:
-                break
-        if needed(config)["total"] <= capacity:
-            return (f"rollout.batch_size={config.rollout.batch_size} micro_batch_tokens={config.micro_batch_tokens}"
-                    + " offload=true" * offload)
-    return "too small, whatever the batches"
-
-
 def report(
     model, tokenizer, *, changed: dict, prompts: list[list[int]], problems: int, heldout: int, stop_ids: str,
-    needed, config, ranks: int,
+    needed: dict[str, float], config, ranks: int,
 ) -> str:
     """Everything that can be said without weights, on a few lines.
 
     changed: the keys that are not config.yaml's; prompts: token ids, of `problems` to train on and `heldout` others;
-    needed: `estimate` of a config.
+    needed: `estimate` of this config.
     """
     parameters = sum(p.numel() for p in model.parameters())
     completions = config.prompts_per_step * config.group_size
@@ -129,14 +110,10 @@ def report(
         f"an evaluation: {heldout} problems x {config.evaluation.samples} = "
         f"{heldout * config.evaluation.samples:,} completions, before and after training",
         "memory on each rank, computed for CUDA, GB:",
-        *(f"  {name:>12} {value / GB:8.2f}" for name, value in needed(config).items()),
+        *(f"  {name:>12} {value / GB:8.2f}" for name, value in needed.items()),
     ]
-    free = [torch.cuda.mem_get_info()[0] / GB] if torch.cuda.is_available() else []
-    if free:
-        enough = needed(config)["total"] < free[0] * GB
-        verdict = "enough" if enough else "NOT enough: see docs/real-models.md on memory"
-        lines.append(f"this device has {free[0]:.1f} GB free: {verdict}")
-    lines.append("the largest batches, a tenth of the memory left free:")
-    lines += [f"  {card:6.1f} GB: {fit(0.9 * card * GB, copy.deepcopy(config), needed)}"
-              for card in free or (24, 40, 80, 141)]
+    if torch.cuda.is_available():
+        free = torch.cuda.mem_get_info()[0]
+        verdict = "enough" if needed["total"] < free else "NOT enough: see docs/real-models.md on memory"
+        lines.append(f"this device has {free / GB:.1f} GB free: {verdict}")
     return "\n".join(lines)

@@ -15,7 +15,7 @@ from support.trackers import trackers
 
 # Keys that a resumed run may give anew: they change speed, memory or what is written, not the training.
 MAY_DIFFER = {"resume", "name", "recipe", "dry_run", "micro_batch_size", "micro_batch_tokens", "logits_chunk",
-              "offload", "fit_batches", "gradient_checkpointing", "rollout.batch_size", "rollout.segment", "log_every",
+              "offload", "gradient_checkpointing", "rollout.batch_size", "rollout.segment", "log_every",
               "save_every", "keep", "log.wandb", "log.tensorboard", "max_bad_steps", "distributed_timeout"}
 WRITTEN = {"config.yaml", "metrics.jsonl", "samples.jsonl", "base_evaluation", "checkpoints", "checkpoint", "model",
            "evaluation.json"}  # by a run, the first one first

@@ -67,32 +67,6 @@ def test_a_dry_run_of_the_toy(in_tmp, capsys):
     assert not Path("runs").exists()
 
 
-@pytest.mark.parametrize("gigabytes", [4, 9, 12, 40, 100])
-def test_the_largest_batches_fit_and_larger_ones_do_not(gigabytes):
-    words = ["max_new_tokens=480", "gradient_checkpointing=true", "logits_chunk=512"]
-
-    def needed(config):
-        return memory.estimate(LlamaConfig(num_hidden_layers=8), 10**9, config, ranks=1, prompt=20, precision="bf16",
-                               reference=True, all_selected=False)
-
-    fitted = config_of(*words)
-    found = memory.fit(gigabytes * 1e9, fitted, needed)
-    if gigabytes == 4:
-        assert found == "too small, whatever the batches"
-        return
-    given = config_of(*words, *found.split())
-    assert given == fitted
-    assert needed(given)["total"] <= gigabytes * 1e9
-    if not given.offload:
-        assert gigabytes > 20
-    if given.rollout.batch_size < 512:
-        given.rollout.batch_size *= 2
-        assert needed(given)["sampling"] > gigabytes * 1e9
-    if given.micro_batch_tokens < 2**17:
-        given.micro_batch_tokens *= 2
-        assert needed(given)["update"] > gigabytes * 1e9
-
-
 class Live(TorchDispatchMode):
     """Counts the bytes of storages that live, and their peak, from the first operation on; not `known` ones."""
 
