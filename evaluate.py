@@ -42,7 +42,7 @@ import data
 import toy
 from completions import Completions
 from support import distributed, models, plots
-from support.files import file_name, replace_text, sync, written
+from support.files import file_name, replace_text
 from support.processes import versions
 from support.statistics import Estimate, average, difference
 from support.tables import difference_table, format_table
@@ -120,12 +120,10 @@ class Evaluation:
 
     def save(self, path: Path) -> None:
         unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # several runs may write one file
-        with written(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with unfinished.open("wb") as file:
-                np.savez_compressed(file, **vars(self))
-            sync(unfinished)
-            unfinished.rename(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with unfinished.open("wb") as file:
+            np.savez_compressed(file, **vars(self))
+        unfinished.rename(path)
 
     @classmethod
     def load(cls, path) -> "Evaluation":

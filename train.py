@@ -202,7 +202,7 @@ def base_evaluations(run, heldout: dict[str, list], folder: Path, *, resumed: bo
         asked = [problems, data.prompt_ids(run.tokenizer, problems, config.prompt), run.stop]
         own = folder / "base_evaluation" / f"{file_name(file)}.npz"
         stored = own if resumed else Path("runs") / "base-evaluations" / f"{json_sum([settings, asked])}.npz"
-        if not distributed.from_main(main and is_whole(stored)):
+        if not distributed.from_main(main and stored.is_file()):
             found[file] = evaluated(run, problems, config.evaluation.samples, "evaluation of the base model")
             if main:
                 found[file].save(stored)
@@ -210,16 +210,6 @@ def base_evaluations(run, heldout: dict[str, list], folder: Path, *, resumed: bo
             found[file] = evaluate.Evaluation.load(stored)
             found[file].save(own)
     return found
-
-
-def is_whole(stored: Path) -> bool:
-    try:
-        return bool(evaluate.Evaluation.load(stored))
-    except FileNotFoundError:
-        return False
-    except Exception:  # whatever numpy makes of a damaged file
-        configs.print_notes([f"{stored} is damaged: made again"])
-        return False
 
 
 def evaluation_metrics(trained: dict, base: dict | None = None) -> dict[str, float]:

@@ -70,8 +70,7 @@ def taken(file: Path, wait: bool):
                 break
         lock.close()  # whoever held it has just ended and removed it
     lock.truncate(0)
-    with suppress(OSError):  # on a full disk nobody is told who holds it
-        os.write(lock.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
+    os.write(lock.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
     return lock
 
 

@@ -107,7 +107,7 @@ class Log:
             return
         folder.mkdir(parents=True, exist_ok=True)
         logs = {path: read_log(path) for path in (folder / "metrics.jsonl", folder / "samples.jsonl")}
-        for left in [*folder.glob("*.tmp"), *folder.glob("*.old"), *folder.glob("*/*.tmp")]:
+        for left in [*folder.glob("*.tmp"), *folder.glob("*/*.tmp")]:
             remove(left)  # by a killed process, and by no other: this one holds the lock
         stored = folder / "config.yaml"
         resumed = stored.exists()

@@ -81,7 +81,7 @@ def weights_of(name):
 
 
 @pytest.mark.parametrize("killed_in", ["the loop", "the save"])
-def test_killed_and_resumed_is_the_unbroken_run(in_tmp, monkeypatch, capsys, killed_in):
+def test_killed_and_resumed_is_the_unbroken_run(in_tmp, monkeypatch, killed_in):
     train.main(configs.training_keys([*SMALL, "name=whole"]))
     rows = metrics_of("whole")
     assert [row["step"] for row in rows] == [0, 1, 2, 2, 3, 4, 4] and any(row.get("kl/selected", 0) > 0 for row in rows)
@@ -105,10 +105,8 @@ def test_killed_and_resumed_is_the_unbroken_run(in_tmp, monkeypatch, capsys, kil
         train.main(configs.training_keys([*SMALL, "name=broken", "resume=true"]))
     assert metrics_of("broken") == logged
     shutil.rmtree("runs/base-evaluations")
-    os.truncate("runs/broken/base_evaluation/auto.npz", 100)  # drawn again, of the base model
-    capsys.readouterr()
+    os.unlink("runs/broken/base_evaluation/auto.npz")  # drawn again, of the base model
     train.main(configs.training_keys([*SMALL, "name=broken", "resume=true"]))
-    assert "auto.npz is damaged: made again" in capsys.readouterr().err
     assert metrics_of("broken") == rows
     with monkeypatch.context() as patch:
         patch.setattr(steps, "set_up", None)
