@@ -5,11 +5,9 @@ import time
 import torch
 from torch import Tensor
 
-import grpo
 import scope
 from rollout import Rollout
 from support import distributed
-from support.models import hidden_states
 
 
 class Stopwatch:
@@ -72,18 +70,3 @@ def mean_of(rows: list[dict[str, float]]) -> dict[str, float]:
     names = dict.fromkeys(name for row in rows for name in row)
     values = {name: [row[name] for row in rows if name in row] for name in names}
     return {name: sum(found) / len(found) for name, found in values.items()}
-
-
-def is_finite(run, sampled: Rollout) -> bool:
-    """Whether the weights are finite numbers, and the log-probabilities and the gradient that they give a completion of
-    each rank: norms can hide weights of any size in a forward. Gradients are overwritten."""
-    head, (tokens, predicts) = run.policy.get_output_embeddings(), sampled.pack([0])
-    run.optimizer.zero_grad(set_to_none=False)
-    with run.world.autocast():
-        logprobs = grpo.in_chunks(
-            lambda h, y: grpo.token_logprobs(head(h), y, temperature=run.config.temperature),
-            hidden_states(run.policy, tokens)[predicts], sampled.tokens[0][sampled.mask[0]],
-            size=run.config.logits_chunk)
-    logprobs.sum().backward()  # of the policy itself, not of DDP: nothing is sent
-    values = [logprobs, *run.policy.parameters(), *(p.grad for p in run.policy.parameters())]
-    return not distributed.highest(int(not all(value.isfinite().all() for value in values)))

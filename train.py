@@ -34,7 +34,7 @@ import grpo
 import rollout
 import scope
 import step as steps
-from metrics import Stopwatch, is_finite, mean_of, rollout_metrics, selection_metrics
+from metrics import Stopwatch, mean_of, rollout_metrics, selection_metrics
 from rollout import Rollout
 from support import card, checkpoint, distributed, memory, models, processes, runs, signals
 from support.checks import Halted
@@ -109,7 +109,7 @@ def train(config, keys: dict, folder: Path, problems: list, heldout: dict[str, l
         if (step + 1) % config.log_every == 0 or step == 0:
             print_step(log, metrics, run, sampled, texts, rewards)
         bad_steps = bad_steps + 1 if metrics["update/skipped"] == 1 else 0
-        save_or_stop(folder, step + 1, run, log, bad_steps, (sampled, texts, rewards))
+        save_or_stop(folder, step + 1, run, log, bad_steps)
         if evaluation_due(step + 1, config):
             evaluate_between(run, heldout, step + 1, log)
 
@@ -141,20 +141,15 @@ def set_rate(optimizer, rate: float) -> None:
 # ---------------------------------------------------------------- 7 evaluations and logs
 
 
-def save_or_stop(folder: Path, step: int, run, log, bad_steps: int, drawn: tuple) -> None:
-    """A save where one is due, before an evaluation too. A signal, or numbers that are not finite, end the run here:
-    such weights never take the place of finite ones."""
+def save_or_stop(folder: Path, step: int, run, log, bad_steps: int) -> None:
+    """A save where one is due, before an evaluation too. A signal, or too many steps without an update, end the run."""
     config = run.config
     if bad_steps == config.max_bad_steps:
-        give_up(folder, step, run, drawn, f"{bad_steps} steps in a row had no finite loss and gradient")
+        raise Halted(f"step {step}: {bad_steps} steps in a row had no finite loss and gradient: lower optimizer.lr="
+                     f"{config.optimizer.lr}, or look for what is not finite; {folder}/checkpoints has earlier steps")
     stop, last = distributed.highest(signals.asked), step == config.steps  # the same on every rank
     if stop or last or step % config.save_every == 0 or evaluation_due(step, config):
-        if is_finite(run, drawn[0]):
-            checkpoint.save(folder, step, run)
-        elif last or stop:
-            give_up(folder, step, run, drawn, "the weights give no finite gradient")
-        else:
-            log.print(f"warning: step {step} is not saved, for the weights give no finite gradient")
+        checkpoint.save(folder, step, run)
     if stop:
         log.close()
         if run.world.is_main:
@@ -162,15 +157,6 @@ def save_or_stop(folder: Path, step: int, run, log, bad_steps: int, drawn: tuple
                   f"name={folder.name} resume=true", file=sys.stderr, flush=True)
         raise SystemExit(128 + stop)
     signals.hear(signal.SIG_DFL)  # an evaluation can be stopped at once
-
-
-def give_up(folder: Path, step: int, run, drawn: tuple, reason: str) -> None:
-    """The end of a run whose numbers are not finite, with the step's rollouts written for a look."""
-    file = folder / f"bad-step-{step}-rank{run.world.rank}.jsonl"
-    runs.write_rollouts(file, run.tokenizer, *drawn)
-    distributed.barrier()
-    raise Halted(f"step {step}: {reason}; {file} has the completions; a save, if there is one, holds finite weights; "
-                 f"lower optimizer.lr={run.config.optimizer.lr}, or look for what is not finite")
 
 
 def evaluated(run, heldout: list, samples: int, title: str) -> evaluate.Evaluation:

@@ -159,12 +159,3 @@ class Log:
 def finite(value):
     """JSON has no NaN and no infinity."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def write_rollouts(file: Path, tokenizer, sampled, texts: list[str], rewards) -> None:
-    """A line a completion of this rank, with the log-probability of each of its tokens."""
-    rows = zip(sampled.prompts, texts, rewards.tolist(), sampled.logprobs, sampled.mask)
-    lines = [{"prompt": tokenizer.decode(prompt), "completion": text, "reward": finite(reward),
-              "logprobs": [finite(value) for value in logprobs[mask].tolist()]}
-             for prompt, text, reward, logprobs, mask in rows]
-    replace_text(file, "".join(json.dumps(line) + "\n" for line in lines))

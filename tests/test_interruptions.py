@@ -1,6 +1,6 @@
 """Runs in a world that misbehaves: signals, numbers that are not finite, graders that stumble."""
 
-import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -68,32 +68,25 @@ def test_a_real_run_that_is_terminated(tmp_path):
                    "name=run resume=true\n"
 
 
-def test_numbers_that_are_not_finite_are_not_saved(in_tmp, monkeypatch, capsys):
-    """From step 3 on the rate is far too high. Three steps without a loss end the run; the save of step 2 stays."""
+def test_steps_without_a_finite_loss_end_the_run(in_tmp, monkeypatch):
+    """From step 3 on the rate is far too high. After three steps without an update the run ends; its saves stay."""
     rate = train.learning_rate
     monkeypatch.setattr(train, "learning_rate", lambda step, config: rate(step, config) if step < 2 else 1e20)
-    words = [*SMALL, "save_every=1", "evaluation.every=0", "steps=7", "reward=trajectory_likelihood"]
+    words = [*SMALL, "save_every=2", "keep=9", "evaluation.every=0", "steps=7", "reward=trajectory_likelihood"]
     with pytest.raises(Halted, match="step 6: 3 steps in a row .* lower optimizer.lr") as ended:
         train.main(configs.training_keys([*words, "name=broken"]))
-    assert ended.value.status == 1
+    assert ended.value.status == 1 and "\n" not in str(ended.value)
     rows = metrics_of("broken")[1:]
     assert [row["update/skipped"] for row in rows] == [0, 0, 0, 1, 1, 1] and rows[-1]["loss"] is None
-    lines = Path("runs/broken/bad-step-6-rank0.jsonl").read_text().splitlines()
-    assert len(lines) == 16 and json.loads(lines[0]).keys() == {"prompt", "completion", "reward", "logprobs"}
-    assert "warning: step 3 is not saved, for the weights give no finite" in capsys.readouterr().out
+    saves = Path("runs/broken/checkpoints")
+    assert sorted(path.name for path in saves.iterdir()) == ["step-000002", "step-000004"]
+    shutil.rmtree(saves / "step-000004")
     monkeypatch.setattr(train, "learning_rate", rate)
     train.main(configs.training_keys(["name=broken", "resume=true"]))
     train.main(configs.training_keys([*words, "name=whole"]))
     assert metrics_of("broken") == metrics_of("whole")
     for name, weight in weights_of("whole").items():
         assert torch.equal(weight, weights_of("broken")[name])
-
-
-def test_a_last_step_that_is_not_finite_leaves_no_model(in_tmp):
-    with pytest.raises(Halted, match="step 1: the weights give no finite gradient"):
-        train.main(configs.training_keys([*SMALL, "steps=1", "optimizer.lr=1e20", "reward=trajectory_likelihood",
-                                          "name=broken"]))
-    assert not {"model", "checkpoint", "checkpoints"} & {path.name for path in (in_tmp / "runs" / "broken").iterdir()}
 
 
 def test_out_of_memory_is_told_in_one_line(in_tmp, monkeypatch):
