@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 import data
@@ -37,14 +36,13 @@ class Completions:
         rows = []
         for line in text.splitlines():
             rows.append(json.loads(line))  # lists of numbers would take ten times the memory of arrays
-            rows[-1]["tokens"] = np.array(rows[-1]["tokens"], dtype=np.int32)
             rows[-1]["entropies"] = np.array(rows[-1]["entropies"], dtype=np.float32)
         return cls(problems, rows, samples)
 
-    def drop_tokens(self) -> None:
+    def drop_entropies(self) -> None:
         """What is left takes little memory."""
         for row in self.rows:
-            del row["tokens"], row["entropies"]
+            del row["entropies"]
 
     def column(self, name: str) -> np.ndarray:
         """[P, n]"""
@@ -123,15 +121,14 @@ def draw_chunks(chunks, parts, model, tokenizer, problems, prompts, world, confi
 
 
 def lines_of(rows, sampled, texts, correct, samples: int) -> str:
-    """One JSON object a completion; token ids and entropies (to 1e-5 nats) are what d_collapse is made of."""
+    """One JSON object a completion; entropies (to 1e-5 nats) are what d_collapse is made of."""
     lines = []
     for i, (row, mask) in enumerate(zip(rows, sampled.mask)):
         entropies = [round(h, 5) for h in sampled.entropy[i][mask].tolist()]
         lines.append(json.dumps({
             "problem": row // samples, "sample": row % samples, "text": texts[i], "correct": bool(correct[i]),
             "length": len(entropies), "stopped": bool(sampled.stopped[i]),
-            "entropy": round(sum(entropies) / len(entropies), 5), "tokens": sampled.tokens[i][mask].tolist(),
-            "entropies": entropies,
+            "entropy": round(sum(entropies) / len(entropies), 5), "entropies": entropies,
         }) + "\n")
     return "".join(lines)
 
@@ -154,17 +151,3 @@ def read(file: Path) -> tuple[dict | None, str]:
     except (OSError, ValueError, KeyError, AttributeError, RecursionError):
         pass
     return None, ""
-
-
-def entropy_on(model, tokenizer, given: Completions, world, config) -> torch.Tensor:
-    """Token entropies of a model on given completions, flat: d_collapse without a shift of length or content."""
-    prompts = data.prompt_ids(tokenizer, given.problems, config.prompt)
-    share, size, flat = world.share(len(given.rows)), config.rollout.batch_size, [torch.zeros(0, device=world.device)]
-    for first in tqdm(range(share.start, share.stop, size), desc="entropy on the first model's text", unit="batch",
-                      leave=False, disable=world.no_bar):
-        rows = range(first, min(first + size, share.stop))
-        read_again = rollout.from_completions([prompts[row // config.samples] for row in rows],
-                                              [given.rows[row]["tokens"].tolist() for row in rows], world.device)
-        scored = rollout.rescore(model, read_again, config, world)
-        flat.append(scored.entropy[scored.mask])
-    return torch.cat(flat)

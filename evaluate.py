@@ -136,8 +136,8 @@ class Evaluation:
         totals = np.concatenate([[0.0], np.cumsum(token_values, dtype=np.float64)])
         return np.diff(totals[np.concatenate([[0], ends])])
 
-    def metrics(self, ks, base: "Evaluation | None" = None, fixed_text: np.ndarray | None = None) -> dict:
-        """Every metric, in the table's order. fixed_text: this model's token entropies on the base's completions."""
+    def metrics(self, ks, base: "Evaluation | None" = None) -> dict:
+        """Every metric, in the table's order."""
         (problems, samples), accurate = self.correct.shape, self.correct[:, :16]
         one, tokens = np.ones(problems), self.lengths.sum(axis=1).astype(float)
         metrics = {f"acc@{accurate.shape[1]}": Estimate(accurate.mean(axis=1), one)}
@@ -147,20 +147,17 @@ class Evaluation:
         metrics["distinct"] = Estimate(np.array([len(np.unique(row)) for row in self.answers], dtype=float), one)
         metrics["entropy"] = Estimate(self.per_problem(self.entropy), tokens)
         if base is not None:
-            metrics["d_collapse"] = self.collapse(base, self.entropy, self)
-        if fixed_text is not None:
-            metrics["d_collapse fixed"] = self.collapse(base, fixed_text, base)
+            metrics["d_collapse"] = self.collapse(base)
         metrics["length"] = Estimate(self.lengths.mean(axis=1), one)
         metrics["truncated"] = Estimate(1 - self.stopped.mean(axis=1), one)
         return metrics
 
-    @staticmethod
-    def collapse(base: "Evaluation", entropy: np.ndarray, text: "Evaluation") -> Estimate:
-        """`d_collapse` as an Estimate; `text` is whose completions the entropies were taken on."""
+    def collapse(self, base: "Evaluation") -> Estimate:
+        """`d_collapse` as an Estimate."""
         threshold = forking_threshold(base.entropy)
         share = (base.entropy > threshold).mean()
         scale = -1 / share if share else 0.0
-        return Estimate(text.per_problem(entropy > threshold), text.lengths.sum(axis=1).astype(float),
+        return Estimate(self.per_problem(self.entropy > threshold), self.lengths.sum(axis=1).astype(float),
                       offset=1.0 if share else 0.0, scale=float(scale))
 
     def summary(self, base: "Evaluation | None" = None, ks=(1, 4, 16, 64, 128)) -> dict[str, tuple]:
@@ -228,22 +225,18 @@ def problems_of(file: str, config) -> list[dict]:
 
 def compare(names: list[str], file: str, problems: list, ks: list[int], world, config) -> tuple[dict, dict]:
     """Every model on one problem set: {model: {metric: Estimate}}, and {model: its completions}."""
-    metrics, kept, vocabulary, base = {}, {}, None, None
+    metrics, kept, base = {}, {}, None
     for name in names:
         path = toy.model_folder(name, config)
         configs.print_notes(configs.trained_otherwise(path, vars(config.prompt)))
         model, tokenizer = models.load(path, world.dtype)
         model.to(world.device)
         kept[name] = completions.draw(path, file, model, tokenizer, problems, world, config)
-        evaluation, fixed = of_completions(kept[name], config.reward.grader), None
-        if base is None:
-            vocabulary, base = tokenizer.get_vocab(), evaluation
-        if len(names) > 1 and tokenizer.get_vocab() == vocabulary:  # another one cannot read the first's tokens
-            own = completions.entropy_on(model, tokenizer, kept[names[0]], world, config)
-            fixed = distributed.gather(own).cpu().numpy().round(5)  # as kept ones are: ties at the threshold stay ties
-        metrics[name] = evaluation.metrics(ks, base if len(names) > 1 else None, fixed)
+        evaluation = of_completions(kept[name], config.reward.grader)
+        base = base or evaluation
+        metrics[name] = evaluation.metrics(ks, base if len(names) > 1 else None)
     for own in kept.values():
-        own.drop_tokens()
+        own.drop_entropies()
     return metrics, kept
 
 

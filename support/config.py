@@ -234,8 +234,7 @@ def evaluation_keys(arguments: list[str]) -> dict:
     defaults = read_defaults()
     defaults |= recipe_keys(arguments, defaults)
     kept = ("recipe", "model", "data.problem_field", "data.answer_field", "prompt.", "reward.grader", "seed",
-            "max_new_tokens", "temperature", "precision", "micro_batch", "logits_chunk", "rollout.", "countdown.",
-            "toy.", "benchmarks.")
+            "max_new_tokens", "temperature", "precision", "rollout.", "countdown.", "toy.", "benchmarks.")
     keys = {key: value for key, value in defaults.items() if key.startswith(kept)}
     keys |= {"data.file": defaults["evaluation.data"], "problems": defaults["evaluation.problems"], "samples": 16,
              "k": "auto", "show": 0, "out": "auto", "plot": ""}
