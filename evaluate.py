@@ -6,9 +6,8 @@
     torchrun --nproc_per_node=4 evaluate.py model=... samples=128
     python evaluate.py plot=runs/a,runs/b                                                  # training curves
 
-Samples at the training temperature with nothing cut off, by the code and the grader of training. Completions
-are kept in evaluations/ as they come (completions.py), so that a killed evaluation goes on where it stopped.
-P problems, n samples each.
+Samples at the training temperature with nothing cut off, by the code and the grader of training. A model's evaluation
+on a file is kept in evaluations/ and not drawn again. P problems, n samples each.
 
 model and data: one, or several as [a,b]. problems: the first so many of each file. k: those of Pass@k, as [1,8,64].
 show: so many problems with completions, best and worst. out: a name for the results, or the picture's file with plot:
@@ -39,13 +38,16 @@ from tqdm import tqdm
 
 import completions
 import data
+import rollout
+import step as steps
 import toy
-from completions import Completions
 from support import distributed, models, plots
-from support.files import file_name, replace_text
-from support.processes import versions
+from support.files import file_name, json_sum, replace_folder, replace_text
+from support.processes import only_one, versions
 from support.statistics import Estimate, average, difference
 from support.tables import difference_table, format_table
+
+STEP = -1  # the `step` of every evaluation's draws: no training step has it, and all models face the same noise
 
 # ---------------------------------------------------------------- metrics
 
@@ -169,28 +171,57 @@ class Evaluation:
 # ---------------------------------------------------------------- sampling
 
 
-def evaluate(model, tokenizer, problems, world, config, *, samples: int, title: str) -> Evaluation:
-    """An evaluation during training: no completion is kept, and every rank returns all of them."""
+def evaluate(
+    model, tokenizer, problems, world, config, *, samples: int, seed: int, title: str
+) -> tuple[Evaluation, list[str]]:
+    """The evaluation, on every rank that of all; and the texts of this rank's share of the completions."""
     prompts = data.prompt_ids(tokenizer, problems, config.prompt)
-    rows = world.share(len(problems) * samples)
-    with tqdm(total=len(rows), desc=title, unit="sample", leave=False, disable=world.no_bar) as bar:
-        sampled, correct, texts = completions.sample_and_grade(
-            model, tokenizer, problems, prompts, rows, world, config, samples=samples, seed=config.evaluation.seed,
-            progress=bar.update)
-    answers = [data.answer_of(problems[row // samples], text, config.reward.grader) for row, text in zip(rows, texts)]
+    rows = world.share(len(problems) * samples)  # problem * samples + sample
+    asked = [problems[row // samples] for row in rows]
+    with tqdm(total=len(rows), desc=title, unit="sample", leave=False, disable=world.no_bar) as bar, world.autocast():
+        sampled = rollout.sample(
+            model, [prompts[row // samples] for row in rows], list(rows), stop=models.stop_ids(model, tokenizer),
+            max_new_tokens=config.max_new_tokens, temperature=config.temperature, seed=seed, step=STEP,
+            batch_size=config.rollout.batch_size, segment=config.rollout.segment, progress=bar.update)
+    correct, texts = steps.grade(tokenizer, asked, sampled, config.reward.grader)
+    answers = [data.answer_of(problem, text, config.reward.grader) for problem, text in zip(asked, texts)]
     names = torch.tensor([zlib.crc32(answer.encode()) for answer in answers], dtype=torch.long, device=world.device)
     columns = [correct.long(), names, sampled.lengths, sampled.stopped.long()]
     table = distributed.gather(torch.stack(columns, dim=1)).cpu().numpy()
     correct, answers, lengths, stopped = table.T.reshape(4, len(problems), samples)
     entropy = distributed.gather(sampled.entropy[sampled.mask]).cpu().numpy()
-    return Evaluation(correct.astype(bool), answers, lengths, stopped.astype(bool), entropy)
+    return Evaluation(correct.astype(bool), answers, lengths, stopped.astype(bool), entropy), texts
 
 
-def of_completions(kept: Completions, grader: str) -> Evaluation:
-    answers = [data.answer_of(kept.problems[row["problem"]], row["text"], grader) for row in kept.rows]
-    names = np.array([zlib.crc32(answer.encode()) for answer in answers]).reshape(-1, kept.samples)
-    entropy = np.concatenate([row["entropies"] for row in kept.rows])
-    return Evaluation(kept.column("correct"), names, kept.column("length"), kept.column("stopped"), entropy)
+def fingerprint(weights: str, prompts: list, stop: list[int], problems, world, config, *, samples, seed) -> str:
+    """Of all that an evaluation depends on."""
+    settings = {"weights": weights, "device": world.device.type, "precision": world.precision,
+                "grader": config.reward.grader, "samples": samples, "max_new_tokens": config.max_new_tokens,
+                "temperature": config.temperature, "seed": seed}
+    return json_sum([settings, [problems, prompts, stop]])
+
+
+def kept(path: str, file: str, problems: list, world, config) -> Path:
+    """The folder evaluations/MODEL--DATA-FINGERPRINT, made unless it is there, with the evaluation of one model on one
+    problem file, evaluation.npz, and its completions.jsonl."""
+    model, tokenizer = models.load(path, world.dtype)
+    model.to(world.device)
+    prompts = data.prompt_ids(tokenizer, problems, config.prompt)
+    models.check_lengths(model.config, prompts, config.max_new_tokens)
+    mark = fingerprint(models.digest(model), prompts, models.stop_ids(model, tokenizer), problems, world, config,
+                       samples=config.samples, seed=config.seed)
+    folder = Path("evaluations") / f"{file_name(path)}--{file_name(file)}-{mark}"
+    with only_one(folder.with_name(f"{folder.name}.lock"), world.rank):
+        if not distributed.from_main(world.is_main and folder.is_dir()):
+            evaluation, texts = evaluate(model, tokenizer, problems, world, config, samples=config.samples,
+                                         seed=config.seed, title=folder.name)
+            texts = [text for own in distributed.gather_objects(texts) for text in own]
+            if world.is_main:
+                with replace_folder(folder) as unfinished:
+                    evaluation.save(unfinished / "evaluation.npz")
+                    (unfinished / "completions.jsonl").write_text(completions.lines_of(evaluation, texts))
+        distributed.barrier()
+    return folder
 
 
 # ---------------------------------------------------------------- the command
@@ -208,9 +239,10 @@ def main(keys: dict) -> None:
     with distributed.joined(config.precision) as world:
         found = {file: compare(names, file, problems, ks, world, config) for file, problems in problem_sets.items()}
         if world.is_main:
-            metrics, kept = ({file: pair[i] for file, pair in found.items()} for i in (0, 1))
-            report = print_report(metrics, kept, ks, config)
-            write_results(config.out, settings, report, kept)
+            report = print_report(found, problem_sets, ks, config)
+            correct = {file: {name: Evaluation.load(folder / "evaluation.npz").correct.sum(axis=1).tolist()
+                              for name, (_, folder) in own.items()} for file, own in found.items()}
+            write_results(config.out, settings, report, problem_sets, correct)
 
 
 def problems_of(file: str, config) -> list[dict]:
@@ -223,21 +255,17 @@ def problems_of(file: str, config) -> list[dict]:
     return problems[: config.problems]
 
 
-def compare(names: list[str], file: str, problems: list, ks: list[int], world, config) -> tuple[dict, dict]:
-    """Every model on one problem set: {model: {metric: Estimate}}, and {model: its completions}."""
-    metrics, kept, base = {}, {}, None
+def compare(names: list[str], file: str, problems: list, ks: list[int], world, config) -> dict[str, tuple]:
+    """Every model on one problem set: {model: ({metric: Estimate}, the folder of its evaluation)}."""
+    found, base = {}, None
     for name in names:
         path = toy.model_folder(name, config)
         configs.print_notes(configs.trained_otherwise(path, vars(config.prompt)))
-        model, tokenizer = models.load(path, world.dtype)
-        model.to(world.device)
-        kept[name] = completions.draw(path, file, model, tokenizer, problems, world, config)
-        evaluation = of_completions(kept[name], config.reward.grader)
+        folder = kept(path, file, problems, world, config)
+        evaluation = Evaluation.load(folder / "evaluation.npz")
         base = base or evaluation
-        metrics[name] = evaluation.metrics(ks, base if len(names) > 1 else None)
-    for own in kept.values():
-        own.drop_entropies()
-    return metrics, kept
+        found[name] = evaluation.metrics(ks, base if len(names) > 1 else None), folder
+    return found
 
 
 def results(sets: list[dict[str, dict[str, Estimate]]]) -> dict:
@@ -260,15 +288,16 @@ def describe(problems: int, samples: int, largest_k: int, temperature: float) ->
     return text + f"; Pass@{samples} (k = n) is the share of problems solved at least once" * (largest_k == samples)
 
 
-def print_report(metrics: dict, kept: dict, ks: list[int], config) -> dict:
+def print_report(found: dict, problem_sets: dict[str, list], ks: list[int], config) -> dict:
     """Prints the tables of each problem set, the average last, and returns their figures."""
+    metrics = {file: {name: own for name, (own, _) in pairs.items()} for file, pairs in found.items()}
     report = {file: results([own]) for file, own in metrics.items()}
-    for file, completed in kept.items():
+    for file, problems in problem_sets.items():
         print_tables(file, report[file])
-        problems = len(next(iter(completed.values())).problems)
-        print(describe(problems, config.samples, ks[-1], config.temperature))
-        for name, own in completed.items():
-            show(name, own, config.show)
+        print(describe(len(problems), config.samples, ks[-1], config.temperature))
+        for name, (_, folder) in found[file].items():
+            if config.show:
+                completions.show(name, folder / "completions.jsonl", problems, config.show)
     if len(report) > 1:
         report["average"] = results(list(metrics.values()))
         print_tables(f"average of {len(metrics)} problem sets", report["average"])
@@ -288,19 +317,6 @@ def print_tables(title: str, found: dict) -> None:
               + difference_table(list(tables[first]), {name: found[name]["differences"] for name in others}))
 
 
-def show(name: str, kept: Completions, count: int) -> None:
-    """The problems that most samples solve, and those that fewest do, with a right and a wrong completion."""
-    order = np.argsort(-kept.column("correct").sum(axis=1), kind="stable").tolist()
-    for problem in dict.fromkeys(order[:count] + order[len(order) - count :] if count else []):
-        rows = kept.of(problem)
-        print(f"\n{name}, problem {problem}: {sum(row['correct'] for row in rows)} of {kept.samples} right\n  "
-              + json.dumps(kept.problems[problem], ensure_ascii=False))
-        for word, verdict in (("right", True), ("wrong", False)):
-            example = next((row["text"] for row in rows if row["correct"] == verdict), None)
-            if example is not None:
-                print(f"  {word}: {example.strip()}")
-
-
 def check_result(out: str, settings: dict) -> None:
     """Refuses a name under which other results stand."""
     stored = Path("evaluations") / f"{out}.json"
@@ -310,7 +326,7 @@ def check_result(out: str, settings: dict) -> None:
     configs.require(same, f"out={out}: {stored} holds something else; give another name, or delete that file")
 
 
-def write_results(out: str, settings: dict, report: dict, kept: dict) -> None:
+def write_results(out: str, settings: dict, report: dict, problem_sets: dict, correct: dict) -> None:
     """evaluations/OUT.json with date, versions and settings, OUT.problems.jsonl with correct counts, and OUT.png."""
     if out == "auto":
         words = [*(plots.short_name(name) for name in configs.listed(settings["model"])), "on",
@@ -318,15 +334,14 @@ def write_results(out: str, settings: dict, report: dict, kept: dict) -> None:
         out = f"{file_name('-'.join(words))[:80]}-{zlib.crc32(json.dumps(settings).encode()):08x}"
     folder = Path("evaluations")
     lines = [json.dumps({"data": file, "problem": problem, "samples": settings["samples"],
-                         "correct": {name: int(own.column("correct")[i].sum()) for name, own in of_file.items()}})
-             for file, of_file in kept.items() for i, problem in enumerate(next(iter(of_file.values())).problems)]
+                         "correct": {name: counts[i] for name, counts in correct[file].items()}})
+             for file, problems in problem_sets.items() for i, problem in enumerate(problems)]
     replace_text(folder / f"{out}.problems.jsonl", "".join(line + "\n" for line in lines))
     about = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions(),
              "settings": settings}
     replace_text(folder / f"{out}.json", json.dumps(about | {"results": report}, indent=1) + "\n")
     print(f"\nwritten: {folder / out}.json, {out}.problems.jsonl (correct counts), evaluations/*/completions.jsonl")
-    sizes = {file: f"{len(next(iter(of_file.values())).problems)} problems x {settings['samples']} samples"
-             for file, of_file in kept.items()}
+    sizes = {file: f"{len(own)} problems x {settings['samples']} samples" for file, own in problem_sets.items()}
     print(plots.picture(folder / f"{out}.png", lambda plot: plots.pass_at_k(plot, report, sizes)))
 
 

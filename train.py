@@ -160,7 +160,8 @@ def save_or_stop(folder: Path, step: int, run, log, bad_steps: int) -> None:
 
 
 def evaluated(run, heldout: list, samples: int, title: str) -> evaluate.Evaluation:
-    return evaluate.evaluate(run.policy, run.tokenizer, heldout, run.world, run.config, samples=samples, title=title)
+    return evaluate.evaluate(run.policy, run.tokenizer, heldout, run.world, run.config, samples=samples,
+                             seed=run.config.evaluation.seed, title=title)[0]
 
 
 def evaluation_due(steps_done: int, config) -> bool:
@@ -180,14 +181,12 @@ def base_evaluations(run, heldout: dict[str, list], folder: Path, *, resumed: bo
     They are drawn once for all runs of the same weights, problems and settings of sampling: runs/base-evaluations/.
     """
     config, main, found = run.config, run.world.is_main, {}
-    settings = {"weights": run.inputs["model"], "device": run.world.device.type,
-                "precision": run.world.precision, "grader": config.reward.grader, "samples": config.evaluation.samples,
-                "max_new_tokens": config.max_new_tokens, "temperature": config.temperature,
-                "seed": config.evaluation.seed}
     for file, problems in heldout.items():
-        asked = [problems, data.prompt_ids(run.tokenizer, problems, config.prompt), run.stop]
+        prompts = data.prompt_ids(run.tokenizer, problems, config.prompt)
+        mark = evaluate.fingerprint(run.inputs["model"], prompts, run.stop, problems, run.world, config,
+                                    samples=config.evaluation.samples, seed=config.evaluation.seed)
         own = folder / "base_evaluation" / f"{file_name(file)}.npz"
-        stored = own if resumed else Path("runs") / "base-evaluations" / f"{json_sum([settings, asked])}.npz"
+        stored = own if resumed else Path("runs") / "base-evaluations" / f"{mark}.npz"
         if not distributed.from_main(main and stored.is_file()):
             found[file] = evaluated(run, problems, config.evaluation.samples, "evaluation of the base model")
             if main:

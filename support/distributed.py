@@ -193,6 +193,15 @@ def gather(x: Tensor) -> Tensor:
     return torch.cat([part[: int(count)] for part, count in zip(parts, counts)])
 
 
+def gather_objects(x) -> list:
+    """Something of every rank, in rank order."""
+    if not dist.is_initialized():
+        return [x]
+    found = [None] * dist.get_world_size()
+    dist.all_gather_object(found, x)
+    return found
+
+
 def total(x: Tensor) -> Tensor:
     """The sum over ranks."""
     if dist.is_initialized():

@@ -12,13 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ROOT
+from helpers import ALONE, ROOT, config_of
 
-import completions as kept
 import evaluate
 import toy
 from support import config as configs
-from support import plots
+from support import models, plots
 from support.statistics import Estimate, average, difference
 
 
@@ -269,10 +268,9 @@ def test_several_models_and_files(toys, tmp_path, monkeypatch, capsys):
         with pytest.raises(configs.UserError, match="out=mine: .* holds something else"):
             run([*words, "out=mine"])
         assert Path("evaluations/mine.json").read_text() == text
-    rows = [json.loads(line) for line in next(iter(completions(tmp_path).values())).decode().splitlines()[1:]]
+    rows = [json.loads(line) for line in next(iter(completions(tmp_path).values())).decode().splitlines()]
     assert [(row["problem"], row["sample"]) for row in rows] == sorted((row["problem"], row["sample"]) for row in rows)
-    names = {"problem", "sample", "text", "correct", "length", "stopped", "entropy", "entropies"}
-    assert rows[0].keys() == names
+    assert rows[0].keys() == {"problem", "sample", "text", "correct", "length", "stopped"}
 
 
 def test_the_toy_among_other_models(toys, tmp_path, monkeypatch, capsys):
@@ -283,76 +281,60 @@ def test_the_toy_among_other_models(toys, tmp_path, monkeypatch, capsys):
     assert len(list(Path("runs").glob("toy-base-*"))) == 1
 
 
-def test_killed_and_resumed_is_byte_identical(toys, tmp_path, monkeypatch):
+def test_a_finished_pair_is_not_drawn_again(toys, tmp_path, monkeypatch):
+    """Killed with the second of two models in hand, an evaluation goes on with that one."""
+    words = [f"model=[{toys / 'one'},{toys / 'two'}]", "out=x", *SMALL]
     for name in ("whole", "broken"):
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path / "whole")
-    run([f"model={toys / 'one'}", *SMALL])
+    run(words)
     monkeypatch.chdir(tmp_path / "broken")
-    sample, calls = kept.sample_and_grade, []
+    sample, calls = evaluate.rollout.sample, []
 
     def stumble(*arguments, **named):
         calls.append(1)
-        return sample(*arguments, **named) if len(calls) < 3 else 1 / 0
+        return sample(*arguments, **named) if len(calls) != 2 else 1 / 0
 
-    with monkeypatch.context() as patch:
-        patch.setattr(kept, "sample_and_grade", stumble)
-        with pytest.raises(ZeroDivisionError):
-            run([f"model={toys / 'one'}", *SMALL])
-    assert not completions(".")
-    run([f"model={toys / 'one'}", *SMALL])
-    assert completions(".") == completions(tmp_path / "whole")
-    before = len(calls)
-    with monkeypatch.context() as patch:
-        patch.setattr(kept, "sample_and_grade", stumble)
-        run([f"model={toys / 'one'}", *SMALL])  # all there: nothing is drawn again
-    assert len(calls) == before
-
-
-def test_damaged_parts_are_drawn_anew_and_damaged_completions_refused(toys, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    words, write, parts = [f"model={toys / 'one'}", *SMALL], kept.write, []
-
-    def stop(file, header, text):
-        if file.name == "completions.jsonl":
-            raise ZeroDivisionError
-        parts.append(file)
-        write(file, header, text)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(kept, "write", stop)
-        with pytest.raises(ZeroDivisionError):
-            run(words)
-    whole = [part.read_bytes() for part in parts]
-    assert len(parts) >= 4
-    for part, damaged in zip(parts, (b"", whole[0], whole[2].replace(b'"correct": false', b'"correct": true', 1))):
-        part.write_bytes(damaged)  # cut; of another chunk; edited
-    parts[3].write_bytes(whole[3][:-9])
-    capsys.readouterr()
-    run(words)
-    notes = [line for line in capsys.readouterr().err.splitlines() if "drawn anew" in line]
-    assert notes == [f"note: {part} is damaged: drawn anew" for part in parts[:4]]
-    (done,) = Path("evaluations").glob("*/completions.jsonl")
-    assert done.read_bytes().partition(b"\n")[2] == b"".join(part.partition(b"\n")[2] for part in whole)
-    done.write_text(done.read_text().replace('"correct": false', '"correct": true', 1))
-    with pytest.raises(configs.UserError, match="completions.jsonl is damaged: delete"):
+    monkeypatch.setattr(evaluate.rollout, "sample", stumble)
+    with pytest.raises(ZeroDivisionError):
         run(words)
+    assert len(completions(".")) == 1
+    run(words)
+    assert len(calls) == 3 and completions(".") == completions(tmp_path / "whole")
+    run(words)
+    assert len(calls) == 3
+    results = [json.loads((tmp_path / name / "evaluations/x.json").read_text())["results"]
+               for name in ("whole", "broken")]
+    assert results[0] == results[1]
+
+
+def test_the_command_and_training_evaluate_alike(toys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run([f"model={toys / 'one'}", "seed=3", *SMALL])
+    (file,) = Path("evaluations").glob("*/evaluation.npz")
+    kept = evaluate.Evaluation.load(file)
+    config = config_of(*SMALL[:-2], "evaluation.seed=5")
+    model, tokenizer = models.load(str(toys / "one"))
+    problems = evaluate.problems_of("auto", configs.namespace({"problems": 4, "countdown": config.countdown}))
+    drawn, _ = evaluate.evaluate(model, tokenizer, problems, ALONE, config, samples=8, seed=3, title="")
+    for name, values in vars(drawn).items():
+        np.testing.assert_array_equal(getattr(kept, name), values)
 
 
 def test_one_process_at_a_time(toys, tmp_path, monkeypatch):
     """While a first one draws, the second is refused; what it leaves of itself locks nobody out."""
     monkeypatch.chdir(tmp_path)
-    sample, words = kept.sample_and_grade, [f"model={toys / 'one'}", *SMALL]
+    sample, words = evaluate.rollout.sample, [f"model={toys / 'one'}", *SMALL]
 
     def meanwhile(*arguments, **named):
-        monkeypatch.setattr(kept, "sample_and_grade", sample)
+        monkeypatch.setattr(evaluate.rollout, "sample", sample)
         with pytest.raises(configs.UserError, match=f"in use by process {os.getpid()}"):
             run(words)
         return sample(*arguments, **named)
 
-    monkeypatch.setattr(kept, "sample_and_grade", meanwhile)
+    monkeypatch.setattr(evaluate.rollout, "sample", meanwhile)
     run(words)
-    assert len(completions(".")) == 1 and not list(Path("evaluations").glob("*/lock"))
+    assert len(completions(".")) == 1 and not list(Path("evaluations").glob("*lock"))
 
 
 def test_two_ranks_give_the_same_evaluation(toys, tmp_path, monkeypatch, capsys):
@@ -370,11 +352,11 @@ def test_two_ranks_give_the_same_evaluation(toys, tmp_path, monkeypatch, capsys)
     one, other = completions(tmp_path / "one"), completions(tmp_path / "two")
     assert one.keys() == other.keys() and len(one) == 2
     for name in one:
-        for line, other_line in zip(one[name].splitlines()[1:], other[name].splitlines()[1:], strict=True):
-            row, other_row = json.loads(line), json.loads(other_line)
-            assert row.pop("entropies") == pytest.approx(other_row.pop("entropies"), abs=1e-4)
-            assert row.pop("entropy") == pytest.approx(other_row.pop("entropy"), abs=1e-4)
-            assert row == other_row
+        assert one[name] == other[name]
+    for path in (tmp_path / "one").glob("evaluations/*/evaluation.npz"):
+        own, others = (evaluate.Evaluation.load(tmp_path / name / path.relative_to(tmp_path / "one"))
+                       for name in ("one", "two"))
+        assert own.entropy == pytest.approx(others.entropy, abs=1e-4) and (own.answers == others.answers).all()
 
 
 def test_other_settings_or_weights_are_another_evaluation(toys, tmp_path, monkeypatch):
@@ -386,18 +368,18 @@ def test_other_settings_or_weights_are_another_evaluation(toys, tmp_path, monkey
     run(["model=model", *SMALL])
     assert len(completions(".")) == 3 and len(set(completions(".").values())) == 3
     others = ["temperature=0.5", "max_new_tokens=5", "problems=3", "samples=4", "prompt.countdown={target} {numbers} :",
-              "reward.grader=math_verify", "rollout.batch_size=9", "countdown.largest=9"]
+              "reward.grader=math_verify", "countdown.largest=9", "precision=bf16"]
     for count, word in enumerate(others, start=4):
+        before = set(completions("."))
         run(["model=model", *SMALL, word])
         assert len(completions(".")) == count, word
-    entropies = {}  # of the colder evaluation, and of the one that differs in nothing else
-    for lines in map(bytes.splitlines, completions(".").values()):
-        settings = json.loads(lines[0])
-        temperature, _ = settings.pop("temperature"), settings.pop("crc")
-        mean = np.mean([json.loads(line)["entropy"] for line in lines[1:]])
-        entropies.setdefault(json.dumps(settings), {})[temperature] = mean
-    (pair,) = [found for found in entropies.values() if len(found) == 2]
-    assert pair[0.5] < pair[1.0] - 1e-3, pair
+        if word == "temperature=0.5":
+            (colder,) = set(completions(".")) - before
+    run(["model=model", *SMALL, "rollout.batch_size=9"])  # changes no draw
+    assert len(completions(".")) == count
+    entropies = {path.parent.name: evaluate.Evaluation.load(path).entropy.mean()
+                 for path in Path("evaluations").glob("*/evaluation.npz")}
+    assert entropies.pop(colder) < min(entropies.values())
 
 
 def test_training_curves(tmp_path, monkeypatch, capsys):

@@ -155,9 +155,9 @@ def test_the_schedule_the_samples_and_the_base_reach_the_run(in_tmp, monkeypatch
         rates.append(optimizer.param_groups[0]["lr"])
         return update(loss, optimizer, *arguments, **named)
 
-    def count(*arguments, samples, title):
+    def count(*arguments, samples, **named):
         sizes.append(samples)
-        return evaluate(*arguments, samples=samples, title=title)
+        return evaluate(*arguments, samples=samples, **named)
 
     monkeypatch.setattr(steps, "update", spy)
     monkeypatch.setattr(train.evaluate, "evaluate", count)
@@ -171,7 +171,7 @@ def test_the_schedule_the_samples_and_the_base_reach_the_run(in_tmp, monkeypatch
     assert table["base"]["d_collapse"][0] == pytest.approx(0, abs=1e-9) and table["base"] != table["trained"]
     train.main(configs.training_keys([*SMALL, "name=other", "seed=7", "steps=3"]))
     assert len(set(seeds)) == 7 and sizes[3:] == [2, 4]  # random selections follow the seed; the base's is shared
-    assert train.evaluate.completions.STEP < 0  # no step of training, so none of its draws
+    assert train.evaluate.STEP < 0  # no step of training, so none of its draws
     base = train.evaluate.Evaluation.load("runs/spied/base_evaluation/auto.npz")
     assert table["base"]["entropy"][0] == pytest.approx(base.entropy.mean(), rel=1e-5)
 
