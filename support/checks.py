@@ -94,8 +94,7 @@ def check(keys: dict) -> None:
     for wanted, package, mend in (
             (keys["reward.grader"] != "exact", "math_verify",
              f"reward.grader={keys['reward.grader']}: pip install math-verify"),
-            (keys.get("log.wandb"), "wandb", f"log.wandb={keys.get('log.wandb')}: pip install wandb"),
-            (keys.get("log.tensorboard"), "tensorboard", "log.tensorboard=true: pip install tensorboard")):
+            (keys.get("log.wandb"), "wandb", f"log.wandb={keys.get('log.wandb')}: pip install wandb")):
         require(not wanted or importlib.util.find_spec(package) is not None,
                 f"{mend}, or leave the word out; that library is not here")
 

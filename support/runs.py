@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import uuid
 import zlib
 from pathlib import Path
 
@@ -11,12 +12,11 @@ from tqdm import tqdm
 
 from support import config as configs
 from support.files import append_line, read_log, remove, replace_text
-from support.trackers import trackers
 
 # Keys that a resumed run may give anew: they change speed, memory or what is written, not the training.
 MAY_DIFFER = {"resume", "name", "recipe", "dry_run", "micro_batch_size", "micro_batch_tokens", "logits_chunk",
               "offload", "gradient_checkpointing", "rollout.batch_size", "rollout.segment", "log_every",
-              "save_every", "keep", "log.wandb", "log.tensorboard", "max_bad_steps", "distributed_timeout"}
+              "save_every", "keep", "log.wandb", "max_bad_steps", "distributed_timeout"}
 WRITTEN = {"config.yaml", "metrics.jsonl", "samples.jsonl", "base_evaluation", "checkpoints", "checkpoint", "model",
            "evaluation.json"}  # by a run, the first one first
 
@@ -102,7 +102,7 @@ class Log:
 
     def __init__(self, folder: Path, keys: dict, start: int, *, active: bool):
         """`active`: this is the rank that writes and prints; on the others nothing happens."""
-        self.folder, self.keys, self.active, self.trackers = folder, keys, active, []
+        self.folder, self.keys, self.active, self.wandb = folder, keys, active, None
         if not active:
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -122,7 +122,8 @@ class Log:
                        + f"; {again} done again" * (last > start))
         for path, rows in logs.items():
             replace_text(path, "".join(json.dumps(row) + "\n" for row in rows if start and self.stays(row, start)))
-        self.trackers = trackers(folder, keys, start)
+        if keys["log.wandb"]:
+            self.wandb = wandb_run(folder, keys)
 
     def stays(self, row: dict, start: int) -> bool:
         final = row["step"] == self.keys["steps"] and row.keys().isdisjoint({"loss", "completion"})
@@ -133,19 +134,16 @@ class Log:
 
     def metrics(self, row: dict) -> None:
         self._append("metrics.jsonl", row)
-        for tracker in self.trackers:
-            tracker.metrics(row)
+        if self.wandb:
+            self.wandb.log({key: value for key, value in row.items() if key != "step"}, step=row["step"])
 
     def sample(self, step: int, prompt: str, completion: str, reward: float) -> None:
         self.print(f"  {prompt} {completion}   [reward {reward:g}]")
-        row = {"step": step, "prompt": prompt, "completion": completion, "reward": reward}
-        self._append("samples.jsonl", row)
-        for tracker in self.trackers:
-            tracker.sample(row)
+        self._append("samples.jsonl", {"step": step, "prompt": prompt, "completion": completion, "reward": reward})
 
     def close(self) -> None:
-        for tracker in self.trackers:
-            tracker.close()
+        if self.wandb:
+            self.wandb.finish()
 
     def print(self, text: str) -> None:
         if self.active:
@@ -154,6 +152,17 @@ class Log:
     def _append(self, name: str, row: dict) -> None:
         if self.active:
             append_line(self.folder / name, json.dumps({key: finite(value) for key, value in row.items()}))
+
+
+def wandb_run(folder: Path, keys: dict):
+    """A run of Weights & Biases; a resumed one goes on under its own id. Offline with WANDB_MODE=offline."""
+    import wandb
+
+    stored = folder / "wandb-id.txt"
+    if not stored.is_file():
+        replace_text(stored, uuid.uuid4().hex[:12])
+    return wandb.init(project=keys["log.wandb"], name=folder.name, id=stored.read_text(), resume="allow", dir=folder,
+                      config=keys)
 
 
 def finite(value):

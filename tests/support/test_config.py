@@ -76,7 +76,6 @@ BAD = {
     "unknown normaliser": (["grpo.normaliser=batch"], ["batch", "token or sequence"]),
     "unknown KL": (["selection.kl=k2"], ["k2", "full or k3"]),
     "no Weights & Biases": (["log.wandb=mine"], ["log.wandb=mine", "pip install wandb"]),
-    "no TensorBoard": (["log.tensorboard=true"], ["log.tensorboard=true", "pip install tensorboard"]),
     "RLIF with div": (["reward=token_entropy", "objective=div"], ["objective=div", "reward=accuracy"]),
     "selection that pays nothing": (["selection.kl_coef=0"], ["selection.kl_coef=0", "strategy=none"]),
     "all tokens fork": (["forking_fraction=1.0"], ["forking_fraction=1.0", "below 1"]),
