@@ -49,7 +49,7 @@ def train(config, keys: dict, folder: Path, problems: list, heldout: dict[str, l
     run.inputs = {"model": models.digest(run.policy), "the training problems": json_sum(run.problems),
                   "evaluation.data": json_sum(heldout), "the tokenizer": json_sum([prompts, run.stop]),
                   "precision": world.precision}
-    saved = checkpoint.newest(folder, run) if distributed.from_main(world.is_main and config.resume) else None
+    saved = checkpoint.newest(folder, run) if distributed.from_main(world.is_main and bool(config.resume)) else None
     start = checkpoint.step_of(saved) if saved else 0
     log = runs.Log(folder, keys, start, active=world.is_main)
     log.print(introduction(folder, run))
@@ -284,7 +284,7 @@ def main(keys: dict) -> None:
     config = configs.namespace(configs.nest(keys))
     steps.check_methods(config)
     folder = None if config.dry_run else runs.run_folder(config, keys)
-    if folder and config.resume and runs.is_finished(folder, config.steps):
+    if folder and config.resume and runs.is_finished(folder):
         configs.print_notes([f"{folder} is finished: {config.steps} steps; evaluation.json has its table"])
         return
     problems, heldout, notes = data.problem_sets(config)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from support import distributed, models, runs
+from support import distributed, models
 from support.config import require
 from support.files import remove
 
@@ -54,22 +54,15 @@ def save(folder: Path, step: int, run) -> None:
 
 
 def newest(folder: Path, run) -> Path | None:
-    """The newest save; None if the run was stopped before its first.
+    """The newest save; None if there is none yet and resume=auto, which starts anew.
 
-    Refused if there must have been one, or if the run began with other inputs.
+    Refused if the run began with other inputs.
     """
-    old = [path for path in (folder / "checkpoint", folder / "checkpoint.old") if path.exists()]
-    require(not old or (folder / "checkpoints").exists(), f"{old and old[0]} is of an earlier version of this code, "
-            "which cannot be gone on with: start a run of another name=")
-    for saved in saves(folder)[:1]:
-        check_inputs(saved, run)
-        return saved
-    last, first = runs.last_step(folder), runs.first_save(folder, run.config)
-    finished = (folder / "model").exists() or (folder / "evaluation.json").exists()
-    require(last <= first and not finished,
-            f"resume=true: {folder} has {last} steps in its log, the first save was due after {first}, and none is in "
-            f"{folder}/checkpoints (there is none of steps that were not finite): put one back, or delete {folder} to "
-            "start again")
+    found = saves(folder)
+    if found:
+        check_inputs(found[0], run)
+        return found[0]
+    require(run.config.resume == "auto", f"resume=true: {folder} has no save to go on from; resume=auto starts again")
     return None
 
 

@@ -17,31 +17,24 @@ from support.files import append_line, read_log, remove, replace_text
 MAY_DIFFER = {"resume", "name", "recipe", "dry_run", "micro_batch_size", "micro_batch_tokens", "logits_chunk",
               "offload", "gradient_checkpointing", "rollout.batch_size", "rollout.segment", "log_every",
               "save_every", "keep", "log.wandb", "max_bad_steps", "distributed_timeout"}
-WRITTEN = {"config.yaml", "metrics.jsonl", "samples.jsonl", "base_evaluation", "checkpoints", "checkpoint", "model",
+WRITTEN = {"config.yaml", "metrics.jsonl", "samples.jsonl", "base_evaluation", "checkpoints", "model",
            "evaluation.json"}  # by a run, the first one first
 
 
 def run_folder(config, keys: dict) -> Path:
-    """runs/<name>, refused if another run is in it, or if `resume` would go on with other settings.
-
-    More steps than before are the one exception, under a constant rate: the warm-up in config and keys is adapted.
-    """
+    """runs/<name>, refused if another run is in it, or if `resume` would go on with other settings."""
     folder = Path("runs") / (config.name if config.name != "auto" else auto_name(keys))
     stored = folder / "config.yaml"
     configs.require(len(os.fsencode(folder.name)) <= 200, f"name={folder.name}: give a name of at most 200 bytes")
-    if config.resume == "auto":
-        config.resume = keys["resume"] = stored.is_file()
+    if config.resume == "auto" and not stored.is_file():
+        config.resume = False
     if config.resume:
         configs.require(stored.is_file(), f"resume=true: {folder} holds no run; leave resume out to start one")
         old = configs.read_stored(stored)
         other = [key for key in sorted(keys.keys() - MAY_DIFFER) if old.get(key) != keys[key]]
-        if "steps" in other and config.optimizer.schedule == "constant" and keys["steps"] > old["steps"]:
-            other.remove("steps")  # the warm-up keeps its steps
-            keys["optimizer.warmup"] = config.optimizer.warmup = old["optimizer.warmup"] * old["steps"] / keys["steps"]
         configs.require(not other, f"resume=true: the run in {folder} has "
                         + ", ".join(f"{key}={old.get(key)}, not {keys[key]}" for key in other)
-                        + "; leave these words out, or start a run of another name="
-                        + " (more steps need optimizer.schedule=constant)" * ("steps" in other))
+                        + "; leave these words out, or start a run of another name=")
     else:
         configs.require(is_vacant(folder), f"{folder} already holds a run: give another name=, "
                         "resume=true to go on with it, or delete the folder")
@@ -74,23 +67,9 @@ def auto_name(keys: dict) -> str:
     return name if len(name) <= 100 else f"{name[:90]}-{zlib.crc32(name.encode()):08x}"
 
 
-def is_finished(folder: Path, steps: int) -> bool:
-    """Whether the run has its last table, of so many steps."""
-    if not (folder / "evaluation.json").is_file():
-        return False
-    return configs.read_stored(folder / "config.yaml")["steps"] == steps
-
-
-def last_step(folder: Path) -> int:
-    """The last step in the log."""
-    return max([row["step"] for row in read_log(folder / "metrics.jsonl")], default=0)
-
-
-def first_save(folder: Path, config) -> int:
-    """The step by which a save was begun, as the run began or as it is now."""
-    old = configs.read_stored(folder / "config.yaml")
-    due = [old["save_every"], old["steps"], old["evaluation.every"], config.save_every, config.steps]
-    return min(filter(None, due))  # an evaluation comes after a save; every 0 steps is never
+def is_finished(folder: Path) -> bool:
+    """Whether the run has its last table."""
+    return (folder / "evaluation.json").is_file()
 
 
 class Log:
@@ -111,9 +90,7 @@ class Log:
             remove(left)  # by a killed process, and by no other: this one holds the lock
         stored = folder / "config.yaml"
         resumed = stored.exists()
-        # A resumed run keeps the one it has, unless it begins again or is to take more steps.
-        if not resumed or start == 0 or configs.read_stored(stored)["steps"] < keys["steps"]:
-            (folder / "evaluation.json").unlink(missing_ok=True)
+        if start == 0:  # a resumed run keeps the one it has
             replace_text(stored, configs.write_yaml(configs.nest(keys | {"resume": False})))
         if resumed:
             last = max([row["step"] for row in logs[folder / "metrics.jsonl"]], default=0)

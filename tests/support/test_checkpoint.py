@@ -78,33 +78,15 @@ def test_other_inputs_are_named_and_refused(folder, key):
         checkpoint.newest(folder, run)
 
 
-@pytest.mark.parametrize("old", ["checkpoint/trainer.pt", "checkpoint/optimizer-0.pt", "checkpoint.old/optimizer-0.pt"])
-def test_the_layouts_of_earlier_versions_are_refused(tmp_path, old):
-    write_log(tmp_path)
-    (tmp_path / old).parent.mkdir()
-    (tmp_path / old).touch()
-    with pytest.raises(UserError, match=f"{(tmp_path / old).parent} is of an earlier version"):
-        checkpoint.newest(tmp_path, make_run())
-
-
-@pytest.mark.parametrize("left", ["model", "evaluation.json"])
-def test_a_finished_run_without_saves_is_not_begun_again(tmp_path, left):
-    write_log(tmp_path, LOGGED[:2])
-    (tmp_path / left).mkdir()
-    with pytest.raises(UserError, match="none is in"):
-        checkpoint.newest(tmp_path, make_run())
-
-
-def test_a_lost_save_is_told_apart_from_none_yet(tmp_path):
+def test_without_a_save_true_is_refused_and_auto_starts_anew(tmp_path):
     run = make_run()
-    write_log(tmp_path, LOGGED[:3])  # ended in step 3, or in the save of step 2
+    write_log(tmp_path, LOGGED[:3])
+    (tmp_path / "checkpoints" / "step-000002.tmp").mkdir(parents=True)
+    run.config.resume = True
+    with pytest.raises(UserError, match=f"{tmp_path} has no save to go on from"):
+        checkpoint.newest(tmp_path, run)
+    run.config.resume = "auto"
     assert checkpoint.newest(tmp_path, run) is None
-    write_log(tmp_path, LOGGED[:4])  # step 3 was done: step 2 had been saved
-    with pytest.raises(UserError, match="3 steps in its log, the first save was due after 2, and none is in"):
-        checkpoint.newest(tmp_path, run)
-    (tmp_path / "checkpoints" / "step-000002.tmp").mkdir(parents=True)  # nor is that one
-    with pytest.raises(UserError, match="none is in"):
-        checkpoint.newest(tmp_path, run)
 
 
 # ---------------------------------------------------------------- writing
@@ -209,7 +191,7 @@ def test_a_start_that_never_was_one_is_no_run(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="already holds a run"):
         runs.run_folder(config, keys)
     config.resume, keys = "auto", configs.read_defaults() | {"name": "x", "save_every": 2}
-    assert runs.run_folder(config, keys) == folder and config.resume is True
+    assert runs.run_folder(config, keys) == folder and config.resume == "auto"
     (folder / "config.yaml").write_text("")
     with pytest.raises(UserError, match="config.yaml is damaged"):
         runs.run_folder(config, keys)
