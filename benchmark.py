@@ -125,7 +125,7 @@ def roll_out(run, number: int):
 def learn(run, sampled, rewards, correct) -> None:
     """Steps 4-6."""
     config = run.config
-    advantages = grpo.group_advantages(rewards, config.group_size, eps=config.grpo.advantage_eps)
+    advantages = grpo.group_advantages(rewards, config.group_size)
     selection = steps.select(sampled, sampled.logprobs, advantages, config, seed=0)
     batches = steps.MicroBatches(sampled, advantages, correct, selection, run.reference, config, run.world)
     steps.update(run.loss, run.optimizer, batches, selection, on_policy=True, world=run.world,

@@ -31,8 +31,7 @@ class MicroBatch:
     sequence_weight: Tensor  # [n]
     marked: Tensor  # [n] bool
     correct: Tensor  # [n] bool
-    selected: Tensor  # [n] bool
-    compared: Tensor  # [n] bool: tokens at which the reference is needed, m of them
+    selected: Tensor  # [n] bool, m of them: there the reference is needed
     reference_hidden: Tensor | None  # [m, hidden size]
     reference_head: torch.nn.Module | None
 
@@ -71,14 +70,12 @@ class MicroBatches:
         else:
             weight = torch.full_like(sequence_weight, 1 / max(num_counted, 1))
 
-        compared = mask if config.grpo.kl_coef > 0 else selection.selected
-        has_gradient = (advantages != 0) | compared.any(dim=1) | objective.other_rows(selection.marked, correct)
-        if config.grpo.entropy_coef > 0:
-            has_gradient[:] = True
+        selected = selection.selected
+        has_gradient = (advantages != 0) | selected.any(dim=1) | objective.other_rows(selection.marked, correct)
         place, reference_states = torch.zeros_like(mask, dtype=torch.long), None
-        if compared.any():
-            place[compared] = torch.arange(int(compared.sum()), device=mask.device)
-            reference_states = states_of(reference, sampled, compared, place, config, self.world)
+        if selected.any():
+            place[selected] = torch.arange(int(selected.sum()), device=mask.device)
+            reference_states = states_of(reference, sampled, selected, place, config, self.world)
         rows, alone = has_gradient.nonzero().squeeze(1).tolist() or [0], []
         if torch.distributed.is_initialized():
             # Ranks wait for each other in the synchronised backward, which therefore cannot be done again where memory
@@ -88,8 +85,8 @@ class MicroBatches:
         for part in parts + [alone] * bool(alone):
             tokens, predicts = sampled.pack(part)
             valid, reference_hidden = mask[part], None
-            if compared[part].any():
-                reference_hidden = reference_states[place[part][compared[part]]]
+            if selected[part].any():
+                reference_hidden = reference_states[place[part][selected[part]]]
 
             def flat(values: Tensor, part=part, valid=valid) -> Tensor:
                 values = values[part]
@@ -97,8 +94,8 @@ class MicroBatches:
 
             yield MicroBatch(
                 tokens, predicts, flat(sampled.tokens), flat(sampled.logprobs), flat(advantages), flat(weight),
-                flat(sequence_weight), flat(selection.marked), flat(correct), flat(selection.selected), flat(compared),
-                reference_hidden, reference.get_output_embeddings() if reference is not None else None,
+                flat(sequence_weight), flat(selection.marked), flat(correct), flat(selected), reference_hidden,
+                reference.get_output_embeddings() if reference is not None else None,
             ), part is alone
 
     def halve(self) -> None:
@@ -114,13 +111,13 @@ class MicroBatches:
 
 
 @torch.no_grad()
-def states_of(reference, sampled: Rollout, compared: Tensor, place: Tensor, config, world) -> Tensor:
-    """Hidden states of the reference [m, hidden size] that predict the m compared tokens; place [B, C] says which."""
+def states_of(reference, sampled: Rollout, selected: Tensor, place: Tensor, config, world) -> Tensor:
+    """Hidden states of the reference [m, hidden size] that predict the m selected tokens; place [B, C] says which."""
     states = None
     with models.visiting(reference, world.device), world.autocast():
-        for part in sampled.cut(compared.any(dim=1).nonzero().squeeze(1).tolist(), config):
+        for part in sampled.cut(selected.any(dim=1).nonzero().squeeze(1).tolist(), config):
             tokens, predicts = sampled.pack(part)
-            hidden = hidden_states(reference, tokens)[predicts][compared[part][sampled.mask[part]]]
-            states = hidden.new_zeros(int(compared.sum()), hidden.shape[1]) if states is None else states
-            states[place[part][compared[part]]] = hidden
+            hidden = hidden_states(reference, tokens)[predicts][selected[part][sampled.mask[part]]]
+            states = hidden.new_zeros(int(selected.sum()), hidden.shape[1]) if states is None else states
+            states[place[part][selected[part]]] = hidden
     return states

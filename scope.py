@@ -130,11 +130,6 @@ def largest_positive(score: Tensor) -> tuple[Tensor, Tensor]:
     return score, score > 0
 
 
-def geometry(logprobs: Tensor) -> Tensor:
-    """p (1 - p) of the sampled tokens: the score without its advantage.  [N] -> [N]"""
-    return logprobs.exp() * (1 - logprobs.exp())
-
-
 class StepTokens(NamedTuple):
     """The step's N valid tokens, flat: what a strategy may look at."""
 
@@ -170,15 +165,12 @@ STRATEGIES = {
     "covariance": Strategy(lambda t: (covariance_score(t.logprobs, t.advantages), torch.ones_like(t.forking))),
     "scope": Strategy(lambda t: largest_positive(redistribution_score(t.logprobs.exp(), t.advantages))),
     "all": Strategy(lambda t: at_random(torch.ones_like(t.forking)), share=1.0),
-    # Beyond the paper: the residual recovered, the exact entropy change, and the score taken apart.
+    # Beyond the paper: the residual recovered, and the exact entropy change.
     "residual": Strategy(lambda t: largest_positive(recovered_score(t.logprobs.exp(), t.advantages, t.gap)),
                          needs_siblings=True),
     "entropy_change": Strategy(
         lambda t: largest_positive(entropy_change_score(t.logprobs, t.entropy, t.advantages, t.collision)),
         needs_collision=True),
-    "geometry": Strategy(lambda t: largest_positive(geometry(t.logprobs))),  # p (1 - p) alone
-    "advantage": Strategy(lambda t: largest_positive(t.advantages)),  # [A]+ alone
-    "magnitude": Strategy(lambda t: largest_positive(geometry(t.logprobs) * t.advantages.abs())),  # sign-blind
 }
 
 

@@ -64,7 +64,7 @@ def set_up(config, problems: list[dict], world, *, weights: bool = True, trainin
     policy.train()  # dropout is off; train mode is what gradient checkpointing asks for
     if config.gradient_checkpointing:
         models.recompute_layers(policy)
-    if scope.STRATEGIES[config.selection.strategy].selects or config.grpo.kl_coef > 0:
+    if scope.STRATEGIES[config.selection.strategy].selects:
         run.reference = copy.deepcopy(policy).eval().requires_grad_(False)
         if config.offload:
             models.park(run.reference)
@@ -232,28 +232,11 @@ class MicroBatchLoss(torch.nn.Module):
                              batch.marked, batch.correct)
         loss = self.objective.loss(tokens, coef=self.coef, **self.clip)
 
-        if config.grpo.entropy_coef > 0:
-            entropy = chunks(lambda h: grpo.token_entropy(head(h), temperature=temperature), hidden)
-            loss = loss - config.grpo.entropy_coef * entropy.sum() / num_tokens
-
-        reference_logprobs = torch.zeros_like(batch.advantages)
-        if batch.compared.any() and (config.grpo.kl_coef > 0 or config.selection.kl == "k3"):
-            with torch.no_grad():
-                reference_logprobs[batch.compared] = chunks(
-                    lambda h, y: grpo.token_logprobs(batch.reference_head(h), y, temperature=temperature),
-                    batch.reference_hidden, batch.targets[batch.compared])
-        if config.grpo.kl_coef > 0:
-            loss = loss + config.grpo.kl_coef * scope.k3(logprobs, reference_logprobs).sum() / num_tokens
-
         penalty = torch.zeros((), device=loss.device)
         if batch.selected.any():  # SCOPE's term, Eq. 15
-            selected = batch.selected
-            if config.selection.kl == "k3":
-                divergence = scope.k3(logprobs[selected], reference_logprobs[selected])
-            else:
-                divergence = chunks(
-                    lambda h, r: scope.kl_divergence(head(h), batch.reference_head(r), temperature=temperature),
-                    hidden[selected], batch.reference_hidden[selected[batch.compared]])
+            divergence = chunks(
+                lambda h, r: scope.kl_divergence(head(h), batch.reference_head(r), temperature=temperature),
+                hidden[batch.selected], batch.reference_hidden)
             penalty = divergence.sum() / num_selected
             share = num_selected / num_tokens if config.selection.normaliser == "tokens" else 1.0
             loss = loss + config.selection.kl_coef * share * penalty

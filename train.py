@@ -80,7 +80,7 @@ def train(config, keys: dict, folder: Path, problems: list, heldout: dict[str, l
         clock.lap("rollout")
 
         # 4 advantages: groups are whole on a rank
-        advantages = grpo.group_advantages(rewards, config.group_size, eps=config.grpo.advantage_eps)
+        advantages = grpo.group_advantages(rewards, config.group_size)
 
         watch.phase(f"the update of step {step + 1}")
         if updates > 1:  # ratios to come are then free of what the sampler's cache and padding round differently
@@ -300,8 +300,7 @@ def foreseen(config, problems: list, heldout: dict[str, list], ranks: int):
     needed = partial(
         memory.estimate, run.policy.config, sum(p.numel() for p in run.policy.parameters()), ranks=ranks,
         precision="fp32" if config.precision == "fp32" else "bf16", prompt=max(map(len, prompts)),
-        reference=strategy.selects or config.grpo.kl_coef > 0,
-        all_selected=strategy.share == 1 or config.grpo.kl_coef > 0)
+        reference=strategy.selects, all_selected=strategy.share == 1)
     return run, prompts, needed
 
 

@@ -14,7 +14,7 @@ from rollout import Rollout
 from support import config as configs
 
 RUN_KEYS = ("model", "prompt.", "prompts_per_step", "seed", "data.", "reward.grader", "group_size", "max_new_tokens",
-            "temperature", "precision", "micro_batch", "grpo.advantage_eps", "selection.fraction", "forking_fraction",
+            "temperature", "precision", "micro_batch", "selection.fraction", "forking_fraction",
             "rollout.", "evaluation.", "countdown", "toy.")
 OWN_KEYS = {"run": "", "out": "analyses", "step": 0}  # step: whose problems of the training order are rolled out
 # Of no interest here but read by the step; objective=forking_rl is what marks the forking tokens.
@@ -81,7 +81,7 @@ def draw_step(config, world) -> Step:
     asked, rows = steps.draw_problems(run, config.step)
     sampled = steps.sample(run, asked, rows, config.step)
     rewards, correct, _ = steps.reward(run, asked, sampled)
-    advantages = grpo.group_advantages(rewards, config.group_size, eps=config.grpo.advantage_eps)
+    advantages = grpo.group_advantages(rewards, config.group_size)
     selection = steps.select(sampled, sampled.logprobs, advantages, config, config.seed * 1_000_003 + config.step)
     scores = scope.redistribution_score(sampled.logprobs.exp(), advantages[:, None]) * sampled.mask
     return Step(run, asked[:: config.group_size], sampled, correct, advantages, selection.selected, selection.marked,

@@ -37,13 +37,13 @@ KEYS = {
 OTHERS, FORCED = -2, -3  # the `step` of draws that are none of training's, nor evaluation's
 
 
-def advantage_table(group_size: int, *, eps: float) -> np.ndarray:
+def advantage_table(group_size: int) -> np.ndarray:
     """|A| of a completion with reward r (rows 0, 1) when c = 0 .. G - 1 of its group's others succeed.  -> [2, G]"""
     table = np.zeros((2, group_size))
     for r in (0, 1):
         for c in range(group_size):
             group = torch.tensor([r] + [1] * c + [0] * (group_size - 1 - c), dtype=torch.float64)
-            table[r, c] = grpo.group_advantages(group, group_size, eps=eps)[0].abs()
+            table[r, c] = grpo.group_advantages(group, group_size)[0].abs()
     return table
 
 
@@ -171,7 +171,7 @@ def pick(mask: Tensor, count: int, rng) -> list[tuple[int, int]]:
 def measure(drawn: Step, places: list, config, rng, world) -> list[tuple[Residual, float]]:
     """Forces tokens at each place (row, position) and follows them: its residual, and the probability left out."""
     sampled = drawn.sampled
-    table = advantage_table(config.group_size, eps=config.grpo.advantage_eps)
+    table = advantage_table(config.group_size)
     before = [sampled.tokens[row, :t].tolist() for row, t in places]
     probs = next_token_probs(drawn.run.policy, [sampled.prompts[row] + ids for (row, _), ids in zip(places, before)],
                              temperature=config.temperature, batch_size=config.rollout.batch_size, world=world)

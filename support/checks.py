@@ -49,13 +49,13 @@ def check(keys: dict) -> None:
                 "toy.layers", "toy.hidden", "toy.heads", "toy.intermediate", "toy.updates", "toy.batch"):
         bound(key, 1)
     bound("seed", 0, 2**31 - 1)
-    for key in ("grpo.clip_low", "grpo.clip_high", "grpo.kl_coef", "grpo.entropy_coef", "selection.kl_coef", "div.coef",
+    for key in ("grpo.clip_low", "grpo.clip_high", "selection.kl_coef", "div.coef",
                 "kl_cov.coef", "clip_cov.low", "optimizer.lr", "optimizer.weight_decay", "evaluation.every",
                 "micro_batch_tokens", "show", "toy.seed"):
         bound(key, 0)
     bound("temperature", 0, above="samples" not in keys)  # evaluate.py has that key
     require(keys["temperature"] > 0 or keys.get("samples") == 1, "temperature=0 is greedy: give samples=1")
-    for key in ("grpo.advantage_eps", "optimizer.max_grad_norm", "toy.lr", "distributed_timeout"):
+    for key in ("optimizer.max_grad_norm", "toy.lr", "distributed_timeout"):
         bound(key, 0, above=True)
     for key in ("selection.fraction", "kl_cov.fraction", "clip_cov.fraction", "data.validation"):
         bound(key, 0, 1)
@@ -130,7 +130,7 @@ def check_step(keys: dict) -> None:
             f"name={keys['name']}: give one plain folder name; the run goes to runs/<name>/")
     require(keys["group_size"] >= 2, f"group_size={keys['group_size']}: give at least 2, for an advantage is a "
                                      "completion's distance from the others of its group")
-    for key, words in (("grpo.normaliser", ("token", "sequence")), ("selection.kl", ("full", "k3")),
+    for key, words in (("grpo.normaliser", ("token", "sequence")),
                        ("selection.normaliser", ("selected", "tokens")),
                        ("optimizer.schedule", ("cosine", "constant"))):
         require(keys[key] in words, f"{key}={keys[key]}: give {' or '.join(words)}")

@@ -92,8 +92,7 @@ SCENARIOS = {
     "uniform": {"rewards_of": only_first_half, "strategy": "uniform"},
     "out of memory": {"rewards_of": by_length, "micro_batch_size": 16, "room": 50},
     "sequence": {"rewards_of": by_length, "more": ["grpo.normaliser=sequence", "objective=div", "div.coef=0.5"]},
-    "all terms": {"rewards_of": only_first_half,
-                  "more": ["grpo.kl_coef=0.3", "grpo.entropy_coef=0.2", "selection.kl=k3", "objective=forking_rl"]},
+    "forking": {"rewards_of": only_first_half, "more": ["objective=forking_rl"]},
 }
 
 

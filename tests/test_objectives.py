@@ -176,15 +176,12 @@ def test_scope_leaves_the_objectives_own_gradient_untouched(objective):
 
 CASES = [(objective, normaliser, on_policy, ()) for objective in grpo.OBJECTIVES
          for normaliser, on_policy in (("token", True), ("token", False), ("sequence", False))]
-CASES += [("grpo", "token", False, ("selection.kl=k3",)),
-          ("grpo", "token", True, ("selection.kl=k3", "grpo.kl_coef=0.3")),
-          ("grpo", "token", True, ("selection.normaliser=tokens",)),
-          ("forking_rl", "sequence", False, ("grpo.kl_coef=0.3", "grpo.entropy_coef=0.2"))]
+CASES += [("grpo", "token", True, ("selection.normaliser=tokens",))]
 
 
 @pytest.mark.parametrize("objective, normaliser, on_policy, extra", CASES)
 def test_from_config_words_to_gradient(objective, normaliser, on_policy, extra):
-    """The whole of steps 5-6 against loops over float64 logits: marks, weights, ratios, penalty, regularisers."""
+    """The whole of steps 5-6 against loops over float64 logits: marks, weights, ratios, penalty."""
     words = ["selection.kl_coef=0.7", "selection.fraction=0.2", f"objective={objective}", "div.coef=0.4",
              "kl_cov.coef=2.0", f"grpo.normaliser={normaliser}", "kl_cov.fraction=0.1", "clip_cov.fraction=0.2",
              "clip_cov.low=0.05", "grpo.clip_low=0.05", "grpo.clip_high=0.1", *extra]
@@ -212,7 +209,7 @@ def test_from_config_words_to_gradient(objective, normaliser, on_policy, extra):
             p = logp[t].exp()
             now = logp[t, y].item()
             tokens.append({
-                "b": b, "A": advantages[b], "T": len(completion), "logp": logp[t, y], "ref": log_ref[t, y],
+                "b": b, "A": advantages[b], "T": len(completion), "logp": logp[t, y],
                 "old": now if on_policy else sampled.logprobs[b, t].item(), "H": -(p * logp[t]).sum(),
                 "D": (p * (logp[t] - log_ref[t])).sum(),
                 "s": math.exp(now) * (1 - math.exp(now)) * max(advantages[b], 0),
@@ -251,13 +248,10 @@ def test_from_config_words_to_gradient(objective, normaliser, on_policy, extra):
         loss = loss + value / (len(kept) if normaliser == "token" else 32 * max(in_row, 1))
         if objective == "div" and t["b"] % 3 == 0:  # the rows that gradient_worker calls correct
             loss = loss + 0.4 * rho * t["logp"] / (t["T"] * 32)
-        d = t["ref"] - t["logp"]
-        loss = loss + (config.grpo.kl_coef * (d.exp() - d - 1) - config.grpo.entropy_coef * t["H"]) / N
     chosen = [i for i in largest(lambda t: t["s"], round(0.2 * N)) if tokens[i]["s"] > 0]
     paying = N if config.selection.normaliser == "tokens" else len(chosen)
     for i in chosen:
-        d = tokens[i]["ref"] - tokens[i]["logp"]
-        loss = loss + 0.7 * (d.exp() - d - 1 if config.selection.kl == "k3" else tokens[i]["D"]) / paying
+        loss = loss + 0.7 * tokens[i]["D"] / paying
     loss.backward()
     assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-3, abs=1e-5)
     assert_same_gradient({name: p.grad for name, p in policy.named_parameters()}, gradient, tolerance=2e-4)

@@ -134,7 +134,7 @@ def test_recipes_are_the_papers_rows(recipe, in_tmp):
     keys = configs.training_keys([f"recipe={recipe}", "data=math.jsonl", "evaluation.data=auto"])
     given = {"prompts_per_step": 64, "group_size": 8, "steps": 117, "max_new_tokens": 3072, "temperature": 1.0,
              "selection.fraction": 0.05, "selection.strategy": "scope", "reward.kind": "accuracy", "objective": "grpo",
-             "grpo.kl_coef": 0.0, "optimizer.schedule": "cosine", "optimizer.warmup": 0.1,
+             "optimizer.schedule": "cosine", "optimizer.warmup": 0.1,
              "gradient_checkpointing": True}
     assert {key: keys[key] for key in given} == given
     assert keys["optimizer.lr"] == (3e-6 if "1.5b" in recipe.stem or "3b" in recipe.stem else 1e-6)

@@ -92,12 +92,6 @@ def scores(tokens, strategy):
                 return p * (1 - p) * max(A, 0)
             case "covariance":
                 return (row["logp"] - mean_logp) * (A - mean_A)
-            case "geometry":
-                return p * (1 - p)
-            case "advantage":
-                return max(A, 0)
-            case "magnitude":
-                return p * (1 - p) * abs(A)
             case "entropy_change":
                 inner = p * (math.log(p) + row["H"]) - sum(x**2 * (math.log(x) + row["H"]) for x in row["p"])
                 return max(A * inner, 0)
@@ -107,8 +101,7 @@ def scores(tokens, strategy):
     return [score(row) for row in rows]
 
 
-@pytest.mark.parametrize("strategy", ["scope", "covariance", "geometry", "advantage", "magnitude", "entropy_change",
-                                      "residual"])
+@pytest.mark.parametrize("strategy", ["scope", "covariance", "entropy_change", "residual"])
 @pytest.mark.parametrize("fraction", [0.05, 0.6])
 def test_ranking_strategies_take_the_largest_scores(tokens, strategy, fraction):
     values = scores(tokens, strategy)
@@ -124,9 +117,9 @@ def test_ranking_strategies_take_the_largest_scores(tokens, strategy, fraction):
 def test_zero_variance_groups_may_be_chosen_by_those_who_may():
     """Tokens without an advantage keep their KL under the strategies that look at entropy or chance alone."""
     idle = {"logprobs": torch.log(torch.rand(N)), "entropy": torch.rand(N), "advantages": torch.zeros(N)}
-    for strategy in ("uniform", "forking", "non_forking", "covariance", "geometry", "all"):
+    for strategy in ("uniform", "forking", "non_forking", "covariance", "all"):
         assert scope.select_tokens(strategy, fraction=0.05, seed=0, **idle).any(), strategy
-    for strategy in ("positive", "forking_positive", "scope", "advantage", "magnitude"):
+    for strategy in ("positive", "forking_positive", "scope"):
         assert not scope.select_tokens(strategy, fraction=0.05, seed=0, **idle).any(), strategy
 
 

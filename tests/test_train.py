@@ -138,7 +138,8 @@ def test_a_run_goes_on_by_its_name_and_may_take_more_steps(in_tmp):
 @pytest.mark.parametrize("words, name", [
     ([], "countdown-scope-seed0"), (["selection.strategy=none", "seed=3"], "countdown-none-seed3"),
     (["optimizer.lr=3e-5", "steps=50", "log_every=1"], "countdown-scope-seed0-steps50-lr3e-05"),
-    (["grpo.kl_coef=0.1"], "countdown-scope-seed0-grpo.kl_coef0.1"), (["toy.lr=1"], "countdown-scope-seed0-toy.lr1"),
+    (["grpo.normaliser=sequence"], "countdown-scope-seed0-grpo.normalisersequence"),
+    (["toy.lr=1"], "countdown-scope-seed0-toy.lr1"),
     (["recipe=mine.yaml", "data=a/b.jsonl", "steps=9"], "m-a-b-token_entropy-scope-seed0-steps9"),
     (["prompt.countdown={numbers} {target}" + 60 * "x"], "countdown-scope-seed0-countdown_numbers_target_" + "x" * 43)])
 def test_runs_are_named_by_what_differs(tmp_path, monkeypatch, words, name):

@@ -29,7 +29,7 @@ from support import config as configs
 def test_advantages_against_every_group_there_is():
     """E|A| over all 2^(G-1) outcomes of the others, each group normalised by hand."""
     for G, rate in ((2, 0.3), (4, 0.0), (5, 0.7), (8, 0.15)):
-        table = tightness.advantage_table(G, eps=1e-4)
+        table = tightness.advantage_table(G)
         for r in (0, 1):
             expected = 0.0
             for others in itertools.product((0, 1), repeat=G - 1):
@@ -248,7 +248,6 @@ def test_measure_against_a_bandit(followed, monkeypatch):
     """The forced token alone decides: even ones win. alpha is then known, and |R|/L is the identity's."""
     drawn, config = followed
     config.cover, config.most, config.continuations, config.others = 0.95, 5, 4, 8
-    config.grpo = SimpleNamespace(advantage_eps=1e-4)
     calls = []
 
     def bandit(drawn, branches, count, step, config, world):
@@ -265,7 +264,7 @@ def test_measure_against_a_bandit(followed, monkeypatch):
     assert (plain, forced, others, continuations) == (tightness.OTHERS, tightness.FORCED, 8, 4) and len(places) >= 3
     assert tightness.OTHERS != tightness.FORCED and max(tightness.OTHERS, tightness.FORCED) < -1
     assert problems == [(row, []) for row in dict.fromkeys(row - row % 2 for row, _ in places)]
-    table = tightness.advantage_table(2, eps=1e-4)
+    table = tightness.advantage_table(2)
     for (row, t), (residual, left_out) in zip(places, measured):
         begun = drawn.sampled.tokens[row, :t].tolist()
         probs = tightness.next_token_probs(drawn.run.policy, [drawn.sampled.prompts[row] + begun], temperature=0.9,

@@ -76,7 +76,6 @@ BAD = {
     "missing recipe": (["recipe=recipes/no.yaml"], ["recipe=recipes/no.yaml", "no such file"]),
     "validation share above 1": (["data.validation=2.0"], ["data.validation=2.0", "at most 1"]),
     "unknown normaliser": (["grpo.normaliser=batch"], ["batch", "token or sequence"]),
-    "unknown KL": (["selection.kl=k2"], ["k2", "full or k3"]),
     "no Weights & Biases": (["log.wandb=mine"], ["log.wandb=mine", "pip install wandb"]),
     "no TensorBoard": (["log.tensorboard=true"], ["log.tensorboard=true", "pip install tensorboard"]),
     "RLIF with div": (["reward=token_entropy", "objective=div"], ["objective=div", "reward=accuracy"]),
