@@ -98,6 +98,13 @@ def clipped(
 
 # ---------------------------------------------------------------- objectives: GRPO and its rivals
 
+DIV_COEF = 0.01  # weight of the diversity term.  Yao et al. 2025
+KL_COV_FRACTION = 2e-3  # share of tokens, of highest covariance, that pay.  Cui et al. 2025
+KL_COV_COEF = 1.0  # weight of |log pi - log pi_old| on them.  Cui et al. 2025
+CLIP_COV_FRACTION = 2e-4  # share of tokens left out of the update ...  Cui et al. 2025
+CLIP_COV_LOW = 1.0  # ... at random among those of covariance above this ...
+CLIP_COV_HIGH = 5.0  # ... and below this
+
 
 class Tokens(NamedTuple):
     """n valid tokens of a micro-batch, flat; everything but `logprobs` is data.
@@ -115,41 +122,42 @@ class Tokens(NamedTuple):
     correct: Tensor  # bool, tokens of completions that earn the accuracy reward
 
 
-def grpo_loss(t: Tokens, *, clip_low: float, clip_high: float, coef: float) -> Tensor:
+def grpo_loss(t: Tokens, *, clip_low: float, clip_high: float) -> Tensor:
     """Weighted sum of policy_loss.  Shao et al. 2024; `token` weights are DAPO's, `sequence` the original's"""
     loss = policy_loss(t.logprobs, t.old_logprobs, t.advantages, clip_low=clip_low, clip_high=clip_high)
     return (t.weight * loss).sum()
 
 
-def forking_rl_loss(t: Tokens, *, clip_low: float, clip_high: float, coef: float) -> Tensor:
+def forking_rl_loss(t: Tokens, *, clip_low: float, clip_high: float) -> Tensor:
     """GRPO on the marked tokens only, those of highest entropy.  Wang et al. 2025, Eq. 6
 
     The weights then count marked tokens (their v2): the mean over what is kept, not over all.
     """
-    return grpo_loss(t._replace(weight=t.weight * t.marked), clip_low=clip_low, clip_high=clip_high, coef=coef)
+    return grpo_loss(t._replace(weight=t.weight * t.marked), clip_low=clip_low, clip_high=clip_high)
 
 
-def div_loss(t: Tokens, *, clip_low: float, clip_high: float, coef: float) -> Tensor:
-    """GRPO + coef * mean over completions of 1[correct] (1/T_i) sum_t rho log pi.  Yao et al. 2025, Section 4
+def div_loss(t: Tokens, *, clip_low: float, clip_high: float) -> Tensor:
+    """GRPO + DIV_COEF * mean over completions of 1[correct] (1/T_i) sum_t rho log pi.  Yao et al. 2025, Section 4
 
     Minimising rho log pi on correct completions raises their entropy; both rho and log pi carry gradient.
     """
     diversity = t.sequence_weight * t.correct * ratio(t.logprobs, t.old_logprobs) * t.logprobs
-    return grpo_loss(t, clip_low=clip_low, clip_high=clip_high, coef=coef) + coef * diversity.sum()
+    return grpo_loss(t, clip_low=clip_low, clip_high=clip_high) + DIV_COEF * diversity.sum()
 
 
-def kl_cov_loss(t: Tokens, *, clip_low: float, clip_high: float, coef: float) -> Tensor:
-    """-rho A, unclipped, + coef |log pi - log pi_old| on the marked tokens of highest covariance.  Cui et al. 2025
+def kl_cov_loss(t: Tokens, *, clip_low: float, clip_high: float) -> Tensor:
+    """-rho A, unclipped, + KL_COV_COEF |log pi - log pi_old| on the marked, of highest covariance.  Cui et al. 2025
 
     The penalty is to the *rollout* policy: with one update per rollout its gradient is 0.
     """
     drift = (t.logprobs - t.old_logprobs.detach()).abs()
-    return (t.weight * (-ratio(t.logprobs, t.old_logprobs) * t.advantages.detach() + coef * drift * t.marked)).sum()
+    gain = ratio(t.logprobs, t.old_logprobs) * t.advantages.detach()
+    return (t.weight * (-gain + KL_COV_COEF * drift * t.marked)).sum()
 
 
-def clip_cov_loss(t: Tokens, *, clip_low: float, clip_high: float, coef: float) -> Tensor:
+def clip_cov_loss(t: Tokens, *, clip_low: float, clip_high: float) -> Tensor:
     """GRPO without the marked tokens, a few of high covariance, and with a wider clip.  Cui et al. 2025"""
-    return grpo_loss(t._replace(weight=t.weight * ~t.marked), clip_low=clip_low, clip_high=clip_high, coef=coef)
+    return grpo_loss(t._replace(weight=t.weight * ~t.marked), clip_low=clip_low, clip_high=clip_high)
 
 
 def clip_cov_tokens(
@@ -173,7 +181,7 @@ def forking_rl_marks(tokens: dict[str, Tensor], config, seed: int) -> Tensor:
 
 
 def kl_cov_marks(tokens: dict[str, Tensor], config, seed: int) -> Tensor:
-    at_least_one = max(config.kl_cov.fraction, 1 / len(tokens["logprobs"]))
+    at_least_one = max(KL_COV_FRACTION, 1 / len(tokens["logprobs"]))
     return select_tokens("covariance", fraction=at_least_one, seed=seed, **now(tokens))
 
 
@@ -181,8 +189,9 @@ def clip_cov_marks(tokens: dict[str, Tensor], config, seed: int) -> Tensor:
     logprobs, advantages = tokens["logprobs"], tokens["advantages"]
     low, high = OBJECTIVES["clip_cov"].clip
     already = clipped(logprobs, tokens["old_logprobs"], advantages, clip_low=low, clip_high=high)
-    return clip_cov_tokens(covariance_score(logprobs, advantages), already, **vars(config.clip_cov),
-                           seed=seed ^ 0x9E3779B9)  # another draw than the selection's; torch seeds with 32 bits
+    seed ^= 0x9E3779B9  # another draw than the selection's; torch seeds with 32 bits
+    return clip_cov_tokens(covariance_score(logprobs, advantages), already, fraction=CLIP_COV_FRACTION,
+                           low=CLIP_COV_LOW, high=CLIP_COV_HIGH, seed=seed)
 
 
 def now(tokens: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -200,10 +209,9 @@ def no_rows(marked: Tensor, correct: Tensor) -> Tensor:
 class Objective(NamedTuple):
     """Everything about an objective; the rest of the code knows none by name."""
 
-    loss: Callable[..., Tensor]  # (Tokens, *, clip_low, clip_high, coef) -> scalar, to be minimised
+    loss: Callable[..., Tensor]  # (Tokens, *, clip_low, clip_high) -> scalar, to be minimised
     marks: Callable[..., Tensor] = no_tokens  # the tokens it singles out
     clip: tuple[float, float] | None = None  # its own (low, high), where they are not grpo.clip_low and grpo.clip_high
-    coef: str = ""  # the config key of its coefficient
     mean_over_marked: bool = False  # its mean counts the marked tokens only
     other_rows: Callable[..., Tensor] = no_rows  # (marked [B, C], correct [B]) -> bool [B]: rows that it moves at A = 0
     verifiable: bool = False  # it asks which completions are correct
@@ -213,8 +221,8 @@ class Objective(NamedTuple):
 OBJECTIVES = {
     "grpo": Objective(grpo_loss),
     "forking_rl": Objective(forking_rl_loss, marks=forking_rl_marks, mean_over_marked=True),
-    "div": Objective(div_loss, coef="div.coef", other_rows=lambda marked, correct: correct, verifiable=True),
-    "kl_cov": Objective(kl_cov_loss, marks=kl_cov_marks, clip=(1.0, math.inf), coef="kl_cov.coef",  # no clip at all
+    "div": Objective(div_loss, other_rows=lambda marked, correct: correct, verifiable=True),
+    "kl_cov": Objective(kl_cov_loss, marks=kl_cov_marks, clip=(1.0, math.inf),  # no clip at all
                         other_rows=lambda marked, correct: marked.any(dim=1), off_policy=True),
     "clip_cov": Objective(clip_cov_loss, marks=clip_cov_marks, clip=(1.0, 1.0)),  # widened to 1
 }

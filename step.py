@@ -9,7 +9,6 @@ import inspect
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass
-from operator import attrgetter
 from types import SimpleNamespace
 
 import numpy as np
@@ -215,7 +214,6 @@ class MicroBatchLoss(torch.nn.Module):
         self.objective = grpo.OBJECTIVES[config.objective]
         low, high = self.objective.clip or (config.grpo.clip_low, config.grpo.clip_high)
         self.clip = {"clip_low": low, "clip_high": high}
-        self.coef = attrgetter(self.objective.coef)(config) if self.objective.coef else 0.0
 
     def forward(self, batch: MicroBatch, num_tokens: int, num_selected: int, on_policy: bool):
         """The loss, to be minimised, and the sums over tokens that `update` makes metrics of."""
@@ -230,7 +228,7 @@ class MicroBatchLoss(torch.nn.Module):
         old_logprobs = logprobs.detach() if on_policy else batch.old_logprobs
         tokens = grpo.Tokens(logprobs, old_logprobs, batch.advantages, batch.weight, batch.sequence_weight,
                              batch.marked, batch.correct)
-        loss = self.objective.loss(tokens, coef=self.coef, **self.clip)
+        loss = self.objective.loss(tokens, **self.clip)
 
         penalty = torch.zeros((), device=loss.device)
         if batch.selected.any():  # SCOPE's term, Eq. 15

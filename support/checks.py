@@ -49,15 +49,14 @@ def check(keys: dict) -> None:
                 "toy.layers", "toy.hidden", "toy.heads", "toy.intermediate", "toy.updates", "toy.batch"):
         bound(key, 1)
     bound("seed", 0, 2**31 - 1)
-    for key in ("grpo.clip_low", "grpo.clip_high", "selection.kl_coef", "div.coef",
-                "kl_cov.coef", "clip_cov.low", "optimizer.lr", "optimizer.weight_decay", "evaluation.every",
-                "micro_batch_tokens", "show", "toy.seed"):
+    for key in ("grpo.clip_low", "grpo.clip_high", "selection.kl_coef", "optimizer.lr", "optimizer.weight_decay",
+                "evaluation.every", "micro_batch_tokens", "show", "toy.seed"):
         bound(key, 0)
     bound("temperature", 0, above="samples" not in keys)  # evaluate.py has that key
     require(keys["temperature"] > 0 or keys.get("samples") == 1, "temperature=0 is greedy: give samples=1")
     for key in ("optimizer.max_grad_norm", "toy.lr", "distributed_timeout"):
         bound(key, 0, above=True)
-    for key in ("selection.fraction", "kl_cov.fraction", "clip_cov.fraction", "data.validation"):
+    for key in ("selection.fraction", "data.validation"):
         bound(key, 0, 1)
     bound("optimizer.warmup", 0, 1)
     bound("countdown.numbers", 2, 6)
@@ -136,8 +135,6 @@ def check_step(keys: dict) -> None:
         require(keys[key] in words, f"{key}={keys[key]}: give {' or '.join(words)}")
     require(0 < keys["forking_fraction"] < 1,
             f"forking_fraction={keys['forking_fraction']}: give a share of the tokens above 0 and below 1")
-    require(keys["clip_cov.low"] < keys["clip_cov.high"],
-            f"clip_cov.low={keys['clip_cov.low']}: give less than clip_cov.high={keys['clip_cov.high']}")
     ranks, updates = int(os.environ.get("WORLD_SIZE", "1")), keys["grpo.updates_per_rollout"]
     require(keys["prompts_per_step"] % (ranks * updates) == 0,
             f"prompts_per_step={keys['prompts_per_step']} does not divide by the {ranks} ranks x {updates} updates per "

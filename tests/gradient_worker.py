@@ -91,7 +91,7 @@ SCENARIOS = {
     "all wrong": {"rewards_of": wrong},
     "uniform": {"rewards_of": only_first_half, "strategy": "uniform"},
     "out of memory": {"rewards_of": by_length, "micro_batch_size": 16, "room": 50},
-    "sequence": {"rewards_of": by_length, "more": ["grpo.normaliser=sequence", "objective=div", "div.coef=0.5"]},
+    "sequence": {"rewards_of": by_length, "more": ["grpo.normaliser=sequence", "objective=div"]},
     "forking": {"rewards_of": only_first_half, "more": ["objective=forking_rl"]},
 }
 

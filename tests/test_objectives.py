@@ -20,6 +20,15 @@ def mean(values):
 B, COEF, LOW, HIGH = 6, 0.3, 0.2, 0.28
 
 
+@pytest.fixture
+def constants(monkeypatch):
+    """Sets grpo's constants of the rival objectives: so few tokens see the papers' own values."""
+    def put(**values):
+        for name, value in values.items():
+            monkeypatch.setattr(grpo, name, value)
+    return put
+
+
 @pytest.fixture(scope="module")
 def completions():
     """Six completions of unequal length, off-policy, in loops' own data structure."""
@@ -88,12 +97,13 @@ def fast_objective(rows, objective, normaliser, logprobs):
         torch.tensor([rows[b]["correct"] for b, _ in flat]),
     )
     low, high = grpo.OBJECTIVES[objective].clip or (LOW, HIGH)
-    return grpo.OBJECTIVES[objective].loss(tokens, clip_low=low, clip_high=high, coef=COEF)
+    return grpo.OBJECTIVES[objective].loss(tokens, clip_low=low, clip_high=high)
 
 
 @pytest.mark.parametrize("normaliser", ["token", "sequence"])
 @pytest.mark.parametrize("objective", grpo.OBJECTIVES)
-def test_objectives_value_and_gradient(completions, objective, normaliser):
+def test_objectives_value_and_gradient(completions, constants, objective, normaliser):
+    constants(DIV_COEF=COEF, KL_COV_COEF=COEF)
     logprobs = torch.tensor([x for row in completions for x in row["logp"]], dtype=torch.float64, requires_grad=True)
     loss = fast_objective(completions, objective, normaliser, logprobs)
     loss.backward()
@@ -126,19 +136,21 @@ def test_clip_cov_tokens():
     assert everything.nonzero().flatten().tolist() == candidates
 
 
-def test_kl_cov_on_policy_is_grpo():
+def test_kl_cov_on_policy_is_grpo(constants):
     """One update per rollout: the penalty's subgradient is 0 at equality, so its words change nothing."""
+    constants(KL_COV_COEF=50.0, KL_COV_FRACTION=0.5)
     _, plain, _ = step_gradient(ALONE, rewards_of=by_length, strategy="none")
     _, with_cov, _ = step_gradient(ALONE, rewards_of=by_length, strategy="none",
-                                   more=["objective=kl_cov", "kl_cov.coef=50.0", "kl_cov.fraction=0.5"])
+                                   more=["objective=kl_cov"])
     assert_same_gradient(plain, with_cov, tolerance=1e-7)
 
 
-def test_marked_tokens_of_each_objective():
+def test_marked_tokens_of_each_objective(constants):
     """forking_rl marks the forking tokens, kl_cov the highest covariances, in the step itself."""
+    constants(KL_COV_FRACTION=0.1, CLIP_COV_FRACTION=0.1, CLIP_COV_LOW=0.1)
     marks = {}
     for objective in ("grpo", "div", "forking_rl", "kl_cov", "clip_cov"):
-        config = config_of(f"objective={objective}", "kl_cov.fraction=0.1", "clip_cov.fraction=0.1", "clip_cov.low=0.1")
+        config = config_of(f"objective={objective}")
         policy = tiny_model()
         prompts = [[2, 3 + i] for i in range(16)]  # all different: no two tokens share a distribution
         sampled = rollout.sample(policy, prompts, list(range(16)), stop=[1], max_new_tokens=9, seed=0, step=0)
@@ -156,11 +168,12 @@ def test_marked_tokens_of_each_objective():
 
 
 @pytest.mark.parametrize("objective", grpo.OBJECTIVES)
-def test_scope_leaves_the_objectives_own_gradient_untouched(objective):
+def test_scope_leaves_the_objectives_own_gradient_untouched(constants, objective):
     """(objective + SCOPE) - objective is one and the same vector for every objective: the penalty's gradient."""
+    constants(DIV_COEF=0.5, CLIP_COV_FRACTION=0.2, CLIP_COV_LOW=0.01)
 
     def penalty(objective):
-        more = [f"objective={objective}", "div.coef=0.5", "clip_cov.fraction=0.2", "clip_cov.low=0.01"]
+        more = [f"objective={objective}"]
         chosen, together, _ = step_gradient(ALONE, rewards_of=by_length, strategy="scope", more=more)
         _, alone, _ = step_gradient(ALONE, rewards_of=by_length, strategy="none", more=more)
         return chosen, {name: together[name] - alone[name] for name in together}, alone
@@ -180,11 +193,11 @@ CASES += [("grpo", "token", True, ("selection.normaliser=tokens",))]
 
 
 @pytest.mark.parametrize("objective, normaliser, on_policy, extra", CASES)
-def test_from_config_words_to_gradient(objective, normaliser, on_policy, extra):
+def test_from_config_words_to_gradient(constants, objective, normaliser, on_policy, extra):
     """The whole of steps 5-6 against loops over float64 logits: marks, weights, ratios, penalty."""
-    words = ["selection.kl_coef=0.7", "selection.fraction=0.2", f"objective={objective}", "div.coef=0.4",
-             "kl_cov.coef=2.0", f"grpo.normaliser={normaliser}", "kl_cov.fraction=0.1", "clip_cov.fraction=0.2",
-             "clip_cov.low=0.05", "grpo.clip_low=0.05", "grpo.clip_high=0.1", *extra]
+    constants(DIV_COEF=0.4, KL_COV_COEF=2.0, KL_COV_FRACTION=0.1, CLIP_COV_FRACTION=0.2, CLIP_COV_LOW=0.05)
+    words = ["selection.kl_coef=0.7", "selection.fraction=0.2", f"objective={objective}",
+             f"grpo.normaliser={normaliser}", "grpo.clip_low=0.05", "grpo.clip_high=0.1", *extra]
     _, gradient, metrics = step_gradient(ALONE, rewards_of=by_length, more=words, on_policy=on_policy,
                                          micro_batch_size=12, logits_chunk=50)
     config = config_of(*words)
@@ -257,22 +270,23 @@ def test_from_config_words_to_gradient(objective, normaliser, on_policy, extra):
     assert_same_gradient({name: p.grad for name, p in policy.named_parameters()}, gradient, tolerance=2e-4)
 
 
-def test_clip_covs_draw_is_not_the_selections():
+def test_clip_covs_draw_is_not_the_selections(constants):
     """The same candidates and seed: the two draws overlap as chance has it, not token for token."""
+    constants(CLIP_COV_LOW=0.0, CLIP_COV_FRACTION=0.1)
     known = {name: torch.zeros(2000) for name in ("logprobs", "entropy", "advantages")}
     flat = known | {"old_logprobs": torch.zeros(2000), "selected": torch.zeros(2000)}
-    config = config_of("clip_cov.low=0.0", "clip_cov.fraction=0.1")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(grpo, "covariance_score", lambda logprobs, advantages: torch.ones(2000))
-        marked = grpo.OBJECTIVES["clip_cov"].marks(flat, config, 5)
+        marked = grpo.OBJECTIVES["clip_cov"].marks(flat, config_of(), 5)
     uniform = scope.select_tokens("uniform", fraction=0.1, seed=5, **known)
     assert marked.sum() == uniform.sum() == 200 and (marked & uniform).sum() < 50  # 20 expected
 
 
-def test_cov_methods_mark_at_least_one_token():
+def test_cov_methods_mark_at_least_one_token(constants):
+    constants(CLIP_COV_LOW=0.0)
     flat = {name: torch.randn(50, generator=torch.Generator().manual_seed(i))
             for i, name in enumerate(("logprobs", "entropy", "advantages"))}
     flat["old_logprobs"] = flat["logprobs"]
     for name in ("kl_cov", "clip_cov"):
-        marks = grpo.OBJECTIVES[name].marks(flat, config_of("clip_cov.low=0.0"), 0)
+        marks = grpo.OBJECTIVES[name].marks(flat, config_of(), 0)
         assert marks.sum() == 1, name
