@@ -1,8 +1,8 @@
 """Problems: the Countdown generator, problems from a file or the hub, their prompts and grades, and what is held out.
 
 A problem is a dict. Countdown: {"numbers": [3, 5, 7, 2], "target": 24}, "use each number once to reach the target",
-answered by a chain of steps: `3*5=15, 15+7=22, 22+2=24`. Mathematics: {"problem": text, "answer": final answer,
-"level": int or None, "subject": text}, answered by a text that holds the answer in \\boxed{}.
+answered by a chain of steps: `3*5=15, 15+7=22, 22+2=24`. Mathematics: {"problem": text, "answer": final answer},
+answered by a text that holds the answer in \\boxed{}.
 """
 
 import json
@@ -83,6 +83,14 @@ def benchmarks(folder: Path, countdown_keys: dict) -> list[str]:
 
 # ---------------------------------------------------------------- files
 
+BENCHMARKS = {  # names for evaluation.data= and evaluate.py's data=, and where their problems are
+    "gsm8k": "openai/gsm8k:main@test",  # 1,319
+    "math500": "HuggingFaceH4/MATH-500@test",  # 500
+    "amc": "AI-MO/aimo-validation-amc@train",  # 83, of 2022 and 2023
+    "aime24": "HuggingFaceH4/aime_2024@train",  # 30
+    "aime25": "math-ai/aime25@test",  # 30
+}
+
 
 def read_problems(source: str, *, problem_field: str = "auto", answer_field: str = "auto") -> tuple[list, list[str]]:
     """The problems of a file or hub data set, and the places of the rows that hold no usable gold answer, left out.
@@ -121,8 +129,7 @@ def countdown_problem(row: dict) -> dict:
 def math_problem(row: dict, problem_field: str, answer_field: str) -> dict:
     """A row as its owner published it, as a problem; its answer is "" where it has no usable one.
 
-    auto: the text is in problem, question or prompt; the answer in answer, or else in solution. A level may be
-    5 or "Level 5", and a subject may be called type.
+    auto: the text is in problem, question or prompt; the answer in answer, or else in solution.
     """
     row = {str(key).lower(): value for key, value in row.items()}
     names = ["problem", "question", "prompt"] if problem_field == "auto" else [problem_field.lower()]
@@ -137,28 +144,7 @@ def math_problem(row: dict, problem_field: str, answer_field: str) -> dict:
         answer = gold_answer(row.get(name), name)
         if answer:
             break
-    level = re.search(r"\d+", str(row.get("level", "")))
-    subject = row.get("subject") or row.get("type") or ""
-    return {"problem": text.strip(), "answer": answer, "level": level and int(level[0]), "subject": str(subject)}
-
-
-def matches(problem: dict, conditions: str) -> bool:
-    """Whether a problem meets a data.filter such as "level=3-5; subject=Algebra,Geometry"."""
-    for condition in filter(str.strip, conditions.split(";")):
-        field, equals, values = (part.strip() for part in condition.partition("="))
-        require(bool(equals and values) and field in ("level", "subject"),
-                f'data.filter={conditions}: give level or subject, as in "level=3-5; subject=Algebra,Geometry"')
-        value = problem.get(field)
-        if field == "subject":
-            fits = str(value).lower() in [word.strip().lower() for word in values.split(",")]
-        else:
-            ranges = [re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", word) for word in values.split(",")]
-            require(all(ranges), f"data.filter={conditions}: give levels as numbers, level=3 or level=1,2 or level=3-5")
-            bounds = [(int(part[1]), int(part[2] or part[1])) for part in ranges]
-            fits = value is not None and any(low <= value <= high for low, high in bounds)
-        if not fits:
-            return False
-    return True
+    return {"problem": text.strip(), "answer": answer}
 
 
 # ---------------------------------------------------------------- prompts and grades
@@ -223,7 +209,7 @@ def is_validation(problem: dict, share: float) -> bool:
 
 def problems_of(config, name: str) -> tuple[list[dict], list[str]]:
     """The problems of a file, hub data set or benchmark, and a note on the rows left out."""
-    problems, out = read_problems(vars(config.benchmarks).get(name, name), problem_field=config.data.problem_field,
+    problems, out = read_problems(BENCHMARKS.get(name, name), problem_field=config.data.problem_field,
                                   answer_field=config.data.answer_field)
     named = ", ".join(out[:10]) + (", ..." if len(out) > 10 else "")
     return problems, [f"{len(out)} rows of {name} have no usable gold answer and are left out: {named}"] if out else []
@@ -247,10 +233,6 @@ def problem_sets(config) -> tuple[list[dict], dict[str, list[dict]], list[str]]:
     else:
         problems, more = problems_of(config, file)
         notes += more
-        problems, out = partition(problems, lambda problem: matches(problem, config.data.filter))
-        notes += note_on(out, problems, file, f"do not fit data.filter={config.data.filter}")
-        require(bool(problems), f"data.filter={config.data.filter} leaves no problem of {file}: its levels are "
-                                f"{values_of(out, 'level')}, its subjects {values_of(out, 'subject')}")
         seen = {identity(problem) for own in files.values() for problem in own}
         problems, out = partition(problems, lambda problem: identity(problem) not in seen)
         notes += note_on(out, problems, file, "are in evaluation.data too")
@@ -274,11 +256,6 @@ def identity(problem: dict) -> str:
     if "numbers" in problem:
         return str((sorted(problem["numbers"]), problem["target"]))
     return " ".join(problem["problem"].split())
-
-
-def values_of(problems: list[dict], field: str) -> str:
-    found = {str(problem.get(field)) for problem in problems if problem.get(field)}
-    return ", ".join(sorted(found)[:10]) or "not given"
 
 
 def partition(problems: list[dict], test) -> tuple[list[dict], list[dict]]:

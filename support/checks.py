@@ -79,13 +79,6 @@ def check(keys: dict) -> None:
             require(f"{{{field}}}" in template, f"prompt.{key}={template!r}: it must contain {{{field}}}")
     if "model" in keys:
         check_model(keys["model"])
-    if keys.get("data.file", "countdown") != "countdown":
-        check_file("data", keys["data.file"], {})
-    else:
-        require(not keys.get("data.filter"), f"data.filter={keys.get('data.filter')}: only rows of a data=FILE have "
-                                             "levels and subjects")
-    for file in listed(keys.get("evaluation.data", "auto")):
-        check_file("evaluation.data", file, keys)
     require(keys.get("precision", "auto") in ("auto", "fp32", "bf16"),
             f"precision={keys.get('precision')}: give auto, fp32 or bf16")
     require(keys["reward.grader"] in ("exact", "math_verify", "math_verify_text"),
@@ -107,21 +100,6 @@ def hub_dataset(source: str) -> tuple[str, str | None, str] | None:
     """(name, config, split) of owner/name@split or owner/name:config@split; None if it is not like that."""
     found = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?@([\w.-]+)", source)
     return found and found.groups()
-
-
-def check_file(key: str, file: str, keys: dict) -> None:
-    """A local file must exist; what is on the hub or the web is looked for when it is read."""
-    file = keys.get(f"benchmarks.{file}", file)
-    if file == "auto":
-        return
-    if is_remote(file) or Path(file).is_file():
-        library = "pyarrow" * file.endswith(".parquet")
-    else:
-        library = "datasets"
-        require(bool(hub_dataset(file)), f"{key}={file}: no such file; give one, or a data set of the hub as "
-                                         "owner/name@split or owner/name:config@split")
-    require(not library or importlib.util.find_spec(library) is not None,
-            f"{key}={file}: pip install {library}, or give a JSONL file; that library is not here")
 
 
 def check_step(keys: dict) -> None:

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import yaml
 
 from support import signals
-from support.checks import UserError, check, check_file, check_model, listed, require
+from support.checks import UserError, check, check_model, listed, require
 
 DEFAULTS = Path(__file__).parents[1] / "config.yaml"
 SHORT = {"data": "data.file", "reward": "reward.kind"}
@@ -227,7 +227,7 @@ def evaluation_keys(arguments: list[str]) -> dict:
     defaults |= recipe_keys(arguments, defaults)
     kept = ("recipe", "model", "data.problem_field", "data.answer_field", "prompt.", "reward.grader", "seed",
             "max_new_tokens", "temperature", "precision", "micro_batch", "logits_chunk", "rollout.", "countdown.",
-            "toy.", "benchmarks.")
+            "toy.")
     keys = {key: value for key, value in defaults.items() if key.startswith(kept)}
     keys |= {"data.file": defaults["evaluation.data"], "problems": defaults["evaluation.problems"], "samples": 16,
              "k": "auto", "show": 0, "out": "auto", "plot": ""}
@@ -236,7 +236,6 @@ def evaluation_keys(arguments: list[str]) -> dict:
     for model in listed(keys["model"]):
         check_model(model)
     for file in listed(keys["data.file"]):
-        check_file("data", file, keys)
         require(file != "auto" or defaults["data.file"] == "countdown",
                 f"recipe={keys['recipe']} evaluates on a share of its training file: give data=FILE")
     ks(keys["k"], keys["samples"])

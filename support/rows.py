@@ -19,7 +19,10 @@ def read_rows(source: str) -> Iterator[tuple[str, object]]:
     being taken for JSONL; local, https://, or hf://datasets/owner/name/file; or a data set on the hub as
     owner/name@split or owner/name:config@split. Raises UserError for what cannot be read.
     """
-    if not Path(source).is_file() and hub_dataset(source):
+    if not is_remote(source) and not Path(source).is_file():
+        if not hub_dataset(source):
+            raise UserError(f"{source}: no such file; give one, or a data set of the hub as owner/name@split or "
+                            "owner/name:config@split")
         return numbered("row", hub_rows(source))
     if source.endswith(".parquet"):
         return numbered("row", parquet_rows(source))

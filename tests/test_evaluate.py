@@ -432,9 +432,8 @@ def test_without_matplotlib_one_line_says_how(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "arguments, words",
     [(["k=[1,32]"], "k=32 with samples=16"), (["k=[0]"], "k=[0]"), (["samples=0"], "samples=0"),
-     (["steps=3"], "steps"), (["model=[toy,nowhere]"], "nowhere: no such folder"), (["data=[auto,x.jsonl]"], "x.jsonl"),
-     (["model=[toy,]"], "several as [a,b]"), (["out=a/b"], "out=a/b"), (["show=-1"], "show=-1"),
-     (["data=[auto,owner/name:x]"], "owner/name@split")],
+     (["steps=3"], "steps"), (["model=[toy,nowhere]"], "nowhere: no such folder"),
+     (["model=[toy,]"], "several as [a,b]"), (["out=a/b"], "out=a/b"), (["show=-1"], "show=-1")],
 )
 def test_bad_input(arguments, words):
     with pytest.raises(configs.UserError, match=re.escape(words)):
@@ -451,6 +450,7 @@ def test_bad_files(toys, tmp_path, monkeypatch):
         (["model=no-tokenizer"], "holds no tokenizer.json"),
         ([f"model={toys / 'one'}", "data=empty.jsonl"], "holds no problem"),
         ([f"model={toys / 'one'}", "data=bad.jsonl"], "bad.jsonl, line 2 is not JSON"),
+        (["data=[auto,x.jsonl]"], "x.jsonl: no such file"), (["data=[auto,owner/name:x]"], "owner/name@split"),
         ([f"model={toys / 'one'}", "max_new_tokens=255"], "does not fit the model's context"),
     ]:
         with pytest.raises(configs.UserError, match=re.escape(words)):

@@ -68,11 +68,10 @@ BAD = {
     "missing model folder": (["model=models/here/not"], ["models/here/not", "no such folder"]),
     "missing model folder, dotted": (["model=./nowhere"], ["./nowhere", "no such folder"]),
     "folder without a model": (["model=."], ["model=.", "config.json"]),
-    "missing data": (["data=nothing.jsonl"], ["data=nothing.jsonl", "no such file"]),
+    "missing data": (["data=nothing.jsonl"], ["nothing.jsonl", "no such file"]),
     "prompt without target": (["prompt.countdown={numbers}"], ["prompt.countdown=", "{target}"]),
     "prompt without problem": (["prompt.plain=Solve it."], ["prompt.plain=", "{problem}"]),
     "unknown grader": (["reward.grader=sympy"], ["reward.grader=sympy", "exact, math_verify or math_verify_text"]),
-    "levels of countdown": (["data.filter=level=3"], ["data.filter=level=3", "data=FILE"]),
     "missing recipe": (["recipe=recipes/no.yaml"], ["recipe=recipes/no.yaml", "no such file"]),
     "validation share above 1": (["data.validation=2.0"], ["data.validation=2.0", "at most 1"]),
     "unknown normaliser": (["grpo.normaliser=batch"], ["batch", "token or sequence"]),
@@ -206,7 +205,7 @@ def test_text_where_config_yaml_needs_a_number():
 
 @pytest.mark.parametrize("word, value", [
     ("optimizer.lr=1e-5", 1e-5), ("optimizer.lr=1E-5", 1e-5), ("optimizer.lr=2.5e-06", 2.5e-6), ("optimizer.lr=3", 3.0),
-    ("steps=1_000", 1000), ("steps=1e3", 1000), ("recipe=null", ""), ("data.filter=~", ""), ("name=1e5", "1e5")])
+    ("steps=1_000", 1000), ("steps=1e3", 1000), ("recipe=null", ""), ("prompt.system=~", ""), ("name=1e5", "1e5")])
 def test_words_are_read_as_people_mean_them(tmp_path, word, value):
     """On the command line and in a recipe alike."""
     key, _, text = word.partition("=")

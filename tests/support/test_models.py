@@ -32,7 +32,7 @@ from support import config as configs
 from support import models
 from support.config import UserError
 
-PROBLEM = {"problem": r"What is $\frac{4}{2}$, {dear}?", "answer": "2", "level": None, "subject": ""}
+PROBLEM = {"problem": r"What is $\frac{4}{2}$, {dear}?", "answer": "2"}
 
 
 @pytest.fixture
