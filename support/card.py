@@ -15,9 +15,7 @@ def model_card(keys: dict, tables: dict[str, str], described: str) -> str:
             "tags": ["reinforcement-learning", keys["objective"], keys["selection.strategy"], keys["reward.kind"]]}
     if keys["model"].count("/") == 1 and not keys["model"].startswith((".", "/")):
         head["base_model"] = keys["model"]
-    if keys["data.file"].startswith("hf://datasets/"):
-        head["datasets"] = ["/".join(keys["data.file"].split("/")[3:5])]
-    elif named := hub_dataset(keys["data.file"]):
+    if named := hub_dataset(keys["data.file"]):
         head["datasets"] = [named[0]]
     return "\n".join([
         f"---\n{configs.write_yaml(head)}---\n",

@@ -92,10 +92,6 @@ def check(keys: dict) -> None:
                 f"{mend}, or leave the word out; that library is not here")
 
 
-def is_remote(file: str) -> bool:
-    return file.startswith(("hf://", "https://", "http://"))
-
-
 def hub_dataset(source: str) -> tuple[str, str | None, str] | None:
     """(name, config, split) of owner/name@split or owner/name:config@split; None if it is not like that."""
     found = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?@([\w.-]+)", source)

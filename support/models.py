@@ -8,10 +8,8 @@ import json
 import signal
 import zlib
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 
-import huggingface_hub
 import torch
 import transformers
 from torch import Tensor
@@ -20,7 +18,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from support import distributed
 from support.config import UserError
-from support.rows import hub_in_reach
 
 transformers.utils.logging.disable_progress_bar()  # our own bars only
 
@@ -44,26 +41,15 @@ def loading(name: str):
         reason, mend = " ".join(str(error).split())[:300] or type(error).__name__, ""
         if not Path(name).exists():
             mend = ": check the name and the network, or download the model and give its local folder"
-            if "local_files_only" in source(name):
-                reason = f"{huggingface_hub.constants.ENDPOINT} is out of reach, and its cache here does not hold it"
         raise UserError(f"model={name} cannot be loaded: {reason}{mend}") from None
-
-
-@cache
-def source(name: str) -> dict:
-    """Where to load from: with no hub in reach its cache on disk at once, not after minutes of retries per file."""
-    arguments = {"trust_remote_code": False}
-    if not Path(name).exists() and not hub_in_reach():
-        arguments["local_files_only"] = True
-    return arguments
 
 
 def load_tokenizer(name: str):
     """Tokenizer and config (dropout off) from an HF folder or hub name; no weights."""
     with loading(name):
         # Not AutoTokenizer: that overrides the tokenizer of any Qwen2 folder, this one does as tokenizer.json says.
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(name, **source(name))
-        shape = AutoConfig.from_pretrained(name, **source(name))
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(name, trust_remote_code=False)
+        shape = AutoConfig.from_pretrained(name, trust_remote_code=False)
     if getattr(shape, "auto_map", None):
         raise UserError(f"model={name} brings code of its own (auto_map in its config.json), which is never run: take "
                         "auto_map out if transformers knows the architecture, or give another model")
@@ -86,7 +72,7 @@ def load_blank(name: str):
     tokenizer, shape = load_tokenizer(name)
     model = blank(shape)
     try:
-        model.generation_config = GenerationConfig.from_pretrained(name, **source(name))
+        model.generation_config = GenerationConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError):  # a model without one; made from its config then, as on loading
         pass
     return model, tokenizer
@@ -108,7 +94,7 @@ def load(name: str, dtype: torch.dtype = torch.float32):
     with loading(name), no_reports():
         model, found = AutoModelForCausalLM.from_pretrained(
             name, config=shape, dtype=dtype, use_safetensors=True, output_loading_info=True,
-            ignore_mismatched_sizes=True, **source(name))
+            ignore_mismatched_sizes=True, trust_remote_code=False)
     check_tensors(name, model, found)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):

@@ -16,8 +16,8 @@ from support import config
 ROOMS = ("grading", "support", "analysis")
 FILES = sorted([*ROOT.glob("*.py"), *(path for room in ROOMS for path in (ROOT / room).glob("*.py"))])
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-RUNTIME = {"torch", "transformers", "tokenizers", "numpy", "tqdm", "yaml", "huggingface_hub"}  # transformers' own last
-OPTIONAL = {"matplotlib", "math_verify", "trl", "datasets", "pyarrow", "wandb"}  # imported in the branch asked for
+RUNTIME = {"torch", "transformers", "tokenizers", "numpy", "tqdm", "yaml"}
+OPTIONAL = {"matplotlib", "math_verify", "trl", "datasets", "wandb"}  # imported in the branch asked for
 
 # Each file or room imports only what stands below it; within a room, and on one line, anything goes.
 LEVELS = [

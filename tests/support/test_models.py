@@ -1,7 +1,6 @@
 """Models: architectures, what is refused, stop tokens, chat templates, a hub out of reach."""
 
 import json
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -95,15 +94,11 @@ def test_a_model_that_sees_is_refused(tmp_path):
             load(str(tmp_path / "model"))
 
 
-def test_a_hub_out_of_reach_is_told_at_once(in_tmp, monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:1")
+def test_a_model_that_is_not_in_the_cache_of_a_machine_without_a_network(in_tmp, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(in_tmp / "hf"))
-    started = time.monotonic()
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError, match=r"^model=owner/name cannot be loaded: [^\n]*check the name and the network"):
         train.main(configs.training_keys(["model=owner/name", "data=math.jsonl", "prompts_per_step=4"]))
-    assert time.monotonic() - started < 20  # its retries take minutes
-    for word in ("model=owner/name cannot be loaded", "http://127.0.0.1:1 is out of reach", "local folder"):
-        assert word in str(told.value)
 
 
 @pytest.mark.parametrize("made", [
