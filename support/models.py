@@ -4,7 +4,6 @@ A model is taken as two parts, hidden states and their vocabulary projection, so
 `load` refuses those whose logits are anything else than lm_head(hidden states).
 """
 
-import json
 import signal
 import zlib
 from contextlib import contextmanager
@@ -90,12 +89,11 @@ def load(name: str, dtype: torch.dtype = torch.float32):
     which the chunked log-probabilities in grpo.py and the sampler both rely on.
     """
     tokenizer, shape = load_tokenizer(name)
-    check_files(name)
-    with loading(name), no_reports():
+    with loading(name):
         model, found = AutoModelForCausalLM.from_pretrained(
             name, config=shape, dtype=dtype, use_safetensors=True, output_loading_info=True,
             ignore_mismatched_sizes=True, trust_remote_code=False)
-    check_tensors(name, model, found)
+    check_tensors(name, found)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0  # configs that call it otherwise
@@ -104,77 +102,23 @@ def load(name: str, dtype: torch.dtype = torch.float32):
     with torch.no_grad():
         own = model(tokens).logits
         head = model.get_output_embeddings()(hidden_states(model, tokens))
+    if not own.isfinite().all():
+        raise UserError(f"model={name}: its logits are not finite: the weights are damaged")
     if not torch.allclose(own, head, rtol=1e-3, atol=1e-3):
         raise UserError(REFUSED.format(name))
     return model, tokenizer
 
 
-@contextmanager
-def no_reports():
-    """Without transformers' tables of what was not found: `check_tensors` has a line for it."""
-    before = transformers.utils.logging.get_verbosity()
-    transformers.utils.logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers.utils.logging.set_verbosity(before)
-
-
-def check_files(name: str) -> None:
-    """Refuses a local folder whose weights are not all there; one of the hub is downloaded whole."""
-    folder = Path(name)
-    if not folder.is_dir():
-        return
-    files = [folder / "model.safetensors"]
-    if not files[0].exists() and (index := folder / "model.safetensors.index.json").exists():
-        try:
-            files = [folder / shard for shard in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"model={name}: {index.name} is damaged; get it anew") from None
-    elif not files[0].exists():
-        pickled = next(iter([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]), None)
-        raise UserError(f"model={name}: the folder holds no model.safetensors" + (
-            f", and {pickled.name} may run code when it is opened: convert it, as save_pretrained does" if pickled
-            else ": get the weights"))
-    for file in files:
-        if fault := damage(file):
-            raise UserError(f"model={name}: {file.name} {fault}; get it anew")
-
-
-def damage(file: Path) -> str:
-    """Why a safetensors file is none, "" if it seems to be one: its length, 8 bytes, header and tensors, must fit."""
-    if not file.is_file():
-        return "is missing"
-    with file.open("rb") as opened:
-        start = opened.read(8)
-        if start == b"version ":
-            return "is a pointer of Git LFS (git lfs pull)"
-        length, size = int.from_bytes(start, "little"), file.stat().st_size
-        try:
-            header = json.loads(opened.read(length)) if 0 < length <= size - 8 else None
-            needed = 8 + length + max([tensor["data_offsets"][1] for key, tensor in header.items()
-                                       if key != "__metadata__"], default=0)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return f"is no safetensors file, or cut: {size} bytes"
-    return f"has {size} bytes of {needed}" if size != needed else ""
-
-
-def check_tensors(name: str, model, found: dict) -> None:
-    """Refuses what transformers would make up or leave out in silence: every tensor is there, of its shape, finite, and
-    none is left over. What it knows to be idle, and a head that is the embeddings, it has not listed."""
+def check_tensors(name: str, found: dict) -> None:
+    """Refuses what transformers would make up or leave out: every tensor is there, of its shape, and none is left over.
+    What it knows to be idle, and a head that is the embeddings, it has not listed."""
     wrong = [(sorted(found["missing_keys"]), "not there"), (sorted(found["unexpected_keys"]), "not this model's"),
              (sorted(f"{key} {list(own)} for {list(shape)}" for key, own, shape in found["mismatched_keys"]),
-              "of another shape"),
-             ([key for key, tensor in model.state_dict().items() if not is_finite(tensor)], "not finite")]
+              "of another shape")]
     told = [f"{len(keys)} {words} ({', '.join(keys[:3])}{', ..' * (len(keys) > 3)})" for keys, words in wrong if keys]
     if told:
         raise UserError(f"model={name}: of its tensors {'; '.join(told)}: the weights are damaged, or do not belong to "
                         "the config.json")
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """By its extremes, which NaN gets into too: thirty times faster than to look at each number."""
-    return all(extreme.isfinite() for extreme in torch.aminmax(tensor)) if tensor.numel() else True
 
 
 class Projection(torch.nn.Linear):

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from support import distributed
-from support.models import is_finite
 
 
 class MasterAdamW(torch.optim.Optimizer):
@@ -73,7 +72,7 @@ class MasterAdamW(torch.optim.Optimizer):
             if saved.get(name, {}).keys() != self.state[parameter].keys():
                 raise KeyError(name)
             for key, x in self.state[parameter].items():
-                if saved[name][key].shape != x.shape or not is_finite(saved[name][key]):
+                if saved[name][key].shape != x.shape or not saved[name][key].isfinite().all():
                     raise KeyError(name)
                 x.copy_(saved[name][key])
 

@@ -139,8 +139,6 @@ CONTENTS = {
     "a missing tensor": (change_weights(lambda t: t.pop(NORM)), f"1 not there ({NORM})"),
     "a tensor too many": (change_weights(lambda t: t.update(other=torch.ones(2))), "1 not this model's (other)"),
     "another shape": (change_weights(lambda t: t.update({NORM: torch.ones(9)})), f"({NORM} [9] for [32])"),
-    "NaN": (change_weights(lambda t: t[NORM].fill_(torch.nan)), f"1 not finite ({NORM})"),
-    "infinity": (change_weights(lambda t: t[NORM][3].fill_(torch.inf)), f"1 not finite ({NORM})"),
     "a step of 99": (change_shard(lambda shard, state: shard.update(step=99)), "is of step 99, not 4"),
     "no Adam state": (change_shard(lambda shard, state: state.pop(NORM)), f"not hold what is needed of '{NORM}'"),
     "half an Adam state": (change_shard(lambda shard, state: state[NORM].pop("exp_avg")), f"needed of '{NORM}'"),
