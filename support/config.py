@@ -8,7 +8,6 @@ import os
 import re
 import sys
 import time
-from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,51 +21,8 @@ DEFAULTS = Path(__file__).parents[1] / "config.yaml"
 SHORT = {"data": "data.file", "reward": "reward.kind"}
 
 
-class Loader(yaml.SafeLoader):
-    """YAML of plain settings: 1e-6 is a number and 010 none, as in version 1.2; no dates; nothing twice, no key of
-    a mapping and none by reference, for ten lines of references can stand for a billion words."""
-
-    def compose_node(self, parent, index):
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("references (*name) are not taken")
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node, deep=False):
-        (key, count), *_ = Counter(str(key.value) for key, _ in node.value).most_common(1) or [("", 0)]
-        if count > 1:
-            raise yaml.YAMLError(f"{key} stands twice, in line {node.start_mark.line + 1} or below")
-        return super().construct_mapping(node, deep)
-
-
-Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in known if not tag.endswith((":timestamp", ":int"))]
-    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9][\d_]{,30})$"), list("-+0123456789"))
-Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d[\d_]*(\.[\d_]*)?[eE][-+]?\d+$"),
-                             list("-+0123456789"))
-
-
-class Dumper(yaml.SafeDumper):
-    """Quotes a text, such as 1e-6, that YAML 1.1 or `Loader` would read as something else."""
-
-
-Dumper.yaml_implicit_resolvers = {
-    first: known + Loader.yaml_implicit_resolvers[first]
-    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-
-
 def write_yaml(tree: dict) -> str:
-    return yaml.dump(tree, Dumper=Dumper, sort_keys=False)
-
-
-def read_yaml(text: str):
-    """As safe as safe_load. Whatever is wrong with the text is a YAMLError."""
-    if len(text) > 100_000:
-        raise yaml.YAMLError("it is longer than any settings are")
-    try:
-        return yaml.load(text, Loader)
-    except (ValueError, RecursionError, TypeError) as error:  # !!int x; a thousand brackets; a list as a key
-        raise yaml.YAMLError(f"{type(error).__name__}: {error}") from None
+    return yaml.safe_dump(tree, sort_keys=False)
 
 
 @contextmanager
@@ -92,7 +48,7 @@ def print_notes(notes: list[str]) -> None:
 
 def read_defaults() -> dict:
     """config.yaml as a flat dictionary, `{"optimizer.lr": 3e-05, ...}`."""
-    return flatten(read_yaml(DEFAULTS.read_text(encoding="utf-8")))
+    return flatten(yaml.safe_load(DEFAULTS.read_text(encoding="utf-8")))
 
 
 def flatten(tree: dict, prefix: str = "") -> dict:
@@ -125,25 +81,38 @@ def override(defaults: dict, arguments: list[str]) -> dict:
         group = [name for name in defaults if name.startswith(key + ".")]
         require(not group, f"{argument}: {key} is a group; its keys are {', '.join(group)}")
         require(key in defaults, f"unknown config key {key!r}: {closest(key, defaults)}")
-        try:
-            value = text if isinstance(defaults[key], str) and text not in ("null", "~") else read_yaml(text)
-        except yaml.YAMLError:
-            value = text
-        flat[key] = typed(key, value, defaults[key], shown=text)
+        flat[key] = cast(key, text, defaults[key])
     return flat
 
 
-def typed(key: str, value, default, shown: str):
-    """`value`, if it has the default's type."""
-    if type(value) is int and type(default) is float:
-        value = float(value)
-    if type(value) is float and type(default) is int and value.is_integer():
-        value = int(value)  # 1e3
-    if value is None and type(default) is str:
-        value = ""
-    needed = " or ".join([NAMES[type(default)], *(words := WORDS.get(key, []))])
-    require(type(value) is type(default) or value in words, f"{key}={shown}: needs {needed}; write it like {default!r}")
-    return value
+def cast(key: str, value, default):
+    """`value`, a word of the command line or what YAML made of it, in the default's type: 1e-6, 1_000, 1e3, true."""
+    kind, words = type(default), WORDS.get(key, [])
+    if value in words:
+        return value
+    if kind is str and (value is None or isinstance(value, str)):
+        return value or ""
+    try:
+        if kind is bool:
+            return {"true": True, "false": False}[str(value).lower()]
+        if kind is float:
+            return float(str(value))
+        if kind is int:
+            return whole(str(value))
+    except (ValueError, KeyError):
+        pass
+    raise UserError(f"{key}={value}: needs {' or '.join([NAMES[kind], *words])}; write it like {default!r}")
+
+
+def whole(text: str) -> int:
+    """1000, 1_000 or 1e3."""
+    try:
+        return int(text)
+    except ValueError:
+        number = float(text)
+        if not number.is_integer():
+            raise
+        return int(number)
 
 
 def recipe_keys(arguments: list[str], known: dict) -> dict:
@@ -153,15 +122,15 @@ def recipe_keys(arguments: list[str], known: dict) -> dict:
         return {}
     require(Path(file).is_file(), f"recipe={file}: no such file; recipes/ has some")
     try:
-        tree = read_yaml(Path(file).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        tree = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: a date like 2020-13-45; bytes that are no text
         raise UserError(f"recipe={file} cannot be read: {' '.join(str(error).split())[:300]}") from None
     require(isinstance(tree, dict), f"recipe={file}: give a YAML file of keys as in config.yaml")
     flat = {SHORT.get(key, key): value for key, value in flatten(tree).items()}
     for key in flat:
         require(key in known, f"recipe={file}: unknown config key {key!r}: {closest(key, known)}")
     try:
-        return {key: typed(key, value, known[key], shown=str(value)) for key, value in flat.items()}
+        return {key: cast(key, value, known[key]) for key, value in flat.items()}
     except UserError as error:
         raise UserError(f"recipe={file}: {error}") from None
 
@@ -216,7 +185,7 @@ def stored_keys(arguments: list[str], known: dict) -> dict:
 def read_stored(file: Path) -> dict:
     """The flat keys of a run's config.yaml."""
     try:
-        return flatten(read_yaml(file.read_text(encoding="utf-8")))
+        return flatten(yaml.safe_load(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, AttributeError, yaml.YAMLError):  # AttributeError: no keys in it
         raise UserError(f"{file} is damaged: it holds no settings; put it back, or delete the run") from None
 
