@@ -10,21 +10,12 @@
 Any key of config.yaml can follow. What is compared alternates, but for memory and ranks; medians are divided.
 """
 
-import sys
-
-from support import config as configs
-from support import help
-
-if __name__ == "__main__":
-    with configs.one_line_errors():
-        help.answer(sys.argv[1:], __doc__, configs.read_defaults())
-        KEYS = configs.training_keys(sys.argv[2:])
-
 import copy
 import itertools
 import json
 import multiprocessing
 import subprocess
+import sys
 import tempfile
 import time
 from functools import partial
@@ -39,7 +30,8 @@ import data
 import grpo
 import rollout
 import step as steps
-from support import distributed, processes
+from support import config as configs
+from support import distributed, help, processes
 
 # ---------------------------------------------------------------- measuring
 
@@ -345,4 +337,5 @@ def main(what: str, keys: dict) -> None:
 
 if __name__ == "__main__":
     with configs.one_line_errors():
-        main(sys.argv[1] if len(sys.argv) > 1 else "", KEYS)
+        help.answer(sys.argv[1:], __doc__)
+        main(sys.argv[1] if len(sys.argv) > 1 else "", configs.training_keys(sys.argv[2:]))

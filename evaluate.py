@@ -15,18 +15,9 @@ show: so many problems with completions, best and worst. out: a name for the res
 folders of runs whose training curves to draw instead.
 """
 
-import sys
-
-from support import config as configs
-from support import help
-
-if __name__ == "__main__":  # before torch is imported: a typo is reported at once
-    with configs.one_line_errors():
-        help.answer(sys.argv[1:], __doc__, configs.evaluation_keys(["model=toy"]))
-        KEYS = configs.evaluation_keys(sys.argv[1:])
-
 import json
 import os
+import sys
 import zlib
 from contextlib import suppress
 from dataclasses import dataclass
@@ -41,7 +32,8 @@ import completions
 import data
 import toy
 from completions import Completions
-from support import distributed, models, plots
+from support import config as configs
+from support import distributed, help, models, plots
 from support.files import file_name, replace_text, sync, written
 from support.processes import versions
 from support.statistics import Estimate, average, difference
@@ -341,4 +333,5 @@ def write_results(out: str, settings: dict, report: dict, kept: dict) -> None:
 
 if __name__ == "__main__":
     with configs.one_line_errors():
-        main(KEYS)
+        help.answer(sys.argv[1:], __doc__)
+        main(configs.evaluation_keys(sys.argv[1:]))

@@ -7,29 +7,16 @@
     python reproduce.py figure2 recipe=recipes/qwen2.5-7b.yaml data=math/train.jsonl \\
         evaluation.data=[gsm8k.jsonl,math500.jsonl,amc.jsonl] ranks=4      # the same of real models, on GPUs
 
+Its own words: seeds, first_seed, jobs (runs at a time), ranks (of each), rlvr_lambda, rlif_lambda, out=results.
 Further words go to every run. Results: results/WHAT/runs.jsonl (a line a run), table.md, figure.png. Without recipe
 the columns are held-out Countdown: 4 numbers, which training has, and 3, 5 and larger ones, which it has not.
 """
-
-import sys
-
-from support import config as configs
-from support import help
-
-OWN = {"seeds": 0, "first_seed": 0,  # 0 seeds: as many as the experiment has
-       "jobs": 0, "ranks": 1,  # runs at a time (0: as many as there are cores or GPUs for), processes of each
-       "rlvr_lambda": 0.03, "rlif_lambda": 0.3,  # where an experiment does not vary it; chosen on seed 1000, unreported
-       "out": "results"}
-
-if __name__ == "__main__":  # before torch is imported: a typo is reported at once
-    with configs.one_line_errors():
-        help.answer(sys.argv[1:], __doc__, OWN | configs.read_defaults())
-        SETTINGS, WORDS = configs.own_words(sys.argv[2:], OWN)
 
 import json
 import os
 import shutil
 import subprocess
+import sys
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -39,9 +26,15 @@ from tqdm import tqdm
 
 import data
 import toy
-from support import figures, plots, processes, report
+from support import config as configs
+from support import figures, help, plots, processes, report
 from support.files import checksum, replace_text
 from support.runs import MAY_DIFFER
+
+OWN = {"seeds": 0, "first_seed": 0,  # 0 seeds: as many as the experiment has
+       "jobs": 0, "ranks": 1,  # runs at a time (0: as many as there are cores or GPUs for), processes of each
+       "rlvr_lambda": 0.03, "rlif_lambda": 0.3,  # where an experiment does not vary it; chosen on seed 1000, unreported
+       "out": "results"}
 
 # ---------------------------------------------------------------- what the paper's names stand for
 
@@ -347,4 +340,6 @@ def main(what: str, words: list[str], settings: dict) -> None:
 
 if __name__ == "__main__":
     with configs.one_line_errors():
-        main(sys.argv[1] if len(sys.argv) > 1 else "", WORDS, SETTINGS)
+        help.answer(sys.argv[1:], __doc__)
+        settings, words = configs.own_words(sys.argv[2:], OWN)
+        main(sys.argv[1] if len(sys.argv) > 1 else "", words, settings)

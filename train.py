@@ -8,19 +8,10 @@ One step, with the numbers that README and the comments below use:
   1 problems   2 rollouts   3 rewards   4 advantages   5 selection   6 update   7 log, save, evaluate
 """
 
-import sys
-
-from support import config as configs
-from support import help
-
-if __name__ == "__main__":  # before torch is imported: a typo is reported at once
-    with configs.one_line_errors():
-        help.answer(sys.argv[1:], __doc__, configs.read_defaults())
-        KEYS = configs.training_keys(sys.argv[1:])
-
 import json
 import math
 import os
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -36,7 +27,8 @@ import scope
 import step as steps
 from metrics import Stopwatch, is_finite, mean_of, rollout_metrics, selection_metrics
 from rollout import Rollout
-from support import card, checkpoint, distributed, memory, models, processes, runs, signals, watch
+from support import card, checkpoint, distributed, help, memory, models, processes, runs, signals, watch
+from support import config as configs
 from support.checks import Halted
 from support.files import file_name, json_sum, replace_folder, replace_text
 
@@ -346,4 +338,5 @@ def main(keys: dict) -> None:
 
 if __name__ == "__main__":
     with configs.one_line_errors():
-        main(KEYS)
+        help.answer(sys.argv[1:], __doc__)
+        main(configs.training_keys(sys.argv[1:]))

@@ -93,7 +93,7 @@ def law_keys(arguments: list[str]) -> dict:
 
 
 def main(arguments: list[str]) -> None:
-    help.answer(arguments, __doc__, KEYS)
+    help.answer(arguments, __doc__)
     config = configs.namespace(law_keys(arguments))
     runs = {folder: evaluation_points(folder) for folder in configs.listed(config.runs)}
     fits = {name: fit_law(*zip(*[point[1:] for point in points])) for name, points in runs.items()}

@@ -3,6 +3,7 @@
     python -m analysis.tightness model=runs/a/model
 
 Tables go to the terminal, files to out=analyses/. `run=` takes a run's model and settings; one process, any device.
+Its own keys: step, contexts (of each kind), continuations (of each forced token), others, cover, most.
 """
 
 import json
@@ -20,7 +21,7 @@ import data
 import grpo
 import rollout
 import scope
-from analysis.one_step import Step, analysis_keys, draw_step, keys_of_an_analysis, settings_of
+from analysis.one_step import Step, analysis_keys, draw_step, settings_of
 from analysis.tightness_report import EDGES, IN_PLAY, KINDS, draw_tightness, tightness_tables, verdict, with_error
 from support import config as configs
 from support import distributed, help, plots
@@ -118,7 +119,7 @@ def bootstrap_weights(problems: list[int], rng, draws: int = 1000) -> np.ndarray
 
 
 def main(arguments: list[str]) -> None:
-    help.answer(arguments, __doc__, keys_of_an_analysis(KEYS))
+    help.answer(arguments, __doc__)
     keys = analysis_keys(arguments, KEYS, {"contexts": 1, "continuations": 2, "others": 1, "most": 2})
     configs.require(0 < keys["cover"] < 1, f"cover={keys['cover']}: give a share above 0 and below 1")
     config = settings_of(keys)

@@ -2,7 +2,8 @@
 
     python -m analysis.tokens run=runs/a
 
-Files go to out=analyses/. `run=` takes a run's model and settings; one process, any device.
+Files go to out=analyses/. `run=` takes a run's model and settings; one process, any device. step: whose problems of the
+training order are rolled out. shown: so many problems on the page.
 """
 
 import html
@@ -14,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from analysis.one_step import Step, analysis_keys, draw_step, keys_of_an_analysis, settings_of
+from analysis.one_step import Step, analysis_keys, draw_step, settings_of
 from analysis.tokens_svg import svg
 from support import config as configs
 from support import distributed, help, report
@@ -145,7 +146,7 @@ def html_token(token: View, largest: float) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    help.answer(arguments, __doc__, keys_of_an_analysis(KEYS))
+    help.answer(arguments, __doc__)
     config = settings_of(analysis_keys(arguments, KEYS, {"shown": 1}))
     drawn = draw_step(config, distributed.setup(config.precision))
     every = [views(drawn, row) for row in range(len(drawn.correct))]

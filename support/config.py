@@ -1,7 +1,4 @@
-"""Config: config.yaml's defaults, `key=value` overrides typed by them, and one line for every mistake.
-
-Standard library and yaml only, so that a typo is reported before torch is imported.
-"""
+"""Config: config.yaml's defaults, `key=value` overrides typed by them, and one line for every mistake."""
 
 import difflib
 import os
