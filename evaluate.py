@@ -32,8 +32,10 @@ import completions
 import data
 import toy
 from completions import Completions
+from rewards import GRADERS
 from support import config as configs
 from support import distributed, help, models, plots
+from support.checks import record_of
 from support.files import file_name, replace_text, sync, written
 from support.processes import versions
 from support.statistics import Estimate, average, difference
@@ -198,6 +200,7 @@ def main(keys: dict) -> None:
     if config.plot:
         print(plots.curves_of(configs.listed(config.plot), config.out))
         return
+    record_of("reward.grader", config.reward.grader, GRADERS)
     ks, names = configs.ks(config.k, config.samples), configs.listed(config.model)
     settings = {key: value for key, value in keys.items() if key not in ("out", "show", "plot", "recipe")}
     check_result(config.out, settings)

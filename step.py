@@ -23,10 +23,11 @@ import rollout
 import scope
 import toy
 from micro_batches import MicroBatch, MicroBatches
-from rewards import REWARDS
+from rewards import GRADERS, REWARDS
 from rollout import Rollout
 from support import distributed, memory, models, watch
-from support.config import UserError, require
+from support.checks import record_of, require
+from support.config import UserError
 from support.models import hidden_states
 from support.optimizer import MasterAdamW
 
@@ -88,16 +89,16 @@ def in_ranks(loss_module, device) -> DistributedDataParallel:
 
 def check_methods(config) -> None:
     """Refuses names of methods that are not there, and methods that do not go together."""
-    reward, objective, strategy = config.reward.kind, config.objective, config.selection.strategy
-    for key, name, known in (("reward", reward, REWARDS), ("objective", objective, grpo.OBJECTIVES),
-                             ("selection.strategy", strategy, scope.STRATEGIES)):
-        require(name in known, f"{key}={name}: give one of {', '.join(known)}")
-    require(REWARDS[reward].verifiable or not grpo.OBJECTIVES[objective].verifiable,
-            f"objective={objective} with reward={reward}: the objective asks which completions are correct, so it "
-            f"needs reward={' or '.join(name for name, known in REWARDS.items() if known.verifiable)}")
-    require(getattr(config.selection, "kl_coef", 1) > 0 or not scope.STRATEGIES[strategy].selects,
-            f"selection.kl_coef=0 with selection.strategy={strategy}: the selected tokens would pay nothing; give a "
-            "positive kl_coef, or selection.strategy=none")
+    reward = record_of("reward", config.reward.kind, REWARDS)
+    objective = record_of("objective", config.objective, grpo.OBJECTIVES)
+    strategy = record_of("selection.strategy", config.selection.strategy, scope.STRATEGIES)
+    record_of("reward.grader", config.reward.grader, GRADERS)
+    require(reward.verifiable or not objective.verifiable,
+            f"objective={config.objective} with reward={config.reward.kind}: it asks which completions are correct; "
+            "give reward=accuracy")
+    require(getattr(config.selection, "kl_coef", 1) > 0 or not strategy.selects,
+            f"selection.kl_coef=0 with selection.strategy={config.selection.strategy}: nothing would be paid; give "
+            "strategy=none")
 
 
 # ---------------------------------------------------------------- 1-3

@@ -35,10 +35,8 @@ def analysis_keys(arguments: list[str], own: dict, least: dict) -> dict:
     keys = configs.override(keys | (run_settings(Path(run), keys) if run else {}), arguments)
     configs.require(not Path(keys["out"]).is_file(), f"out={keys['out']} is a file: give a folder")
     configs.check(keys)
-    for key, low in ({"step": 0, "group_size": 2} | least).items():
+    for key, low in ({"step": 0} | least).items():
         configs.require(keys[key] >= low, f"{key}={keys[key]}: give at least {low}")
-    configs.require(0 < keys["forking_fraction"] < 1,
-                    f"forking_fraction={keys['forking_fraction']}: give a share above 0 and below 1")
     return keys
 
 

@@ -31,65 +31,68 @@ def listed(text: str) -> list[str]:
     return words
 
 
+MOST, LEAST = math.inf, 1e-9  # LEAST: of what must be above 0
+RANGES = {  # of the numbers: the least and the most that each may be
+    "seed": (0, 2**31 - 1), "steps": (1, MOST), "prompts_per_step": (1, MOST), "group_size": (2, MOST),
+    "max_new_tokens": (1, MOST), "temperature": (0, MOST), "data.validation": (0, 1),
+    "grpo.clip_low": (0, MOST), "grpo.clip_high": (0, MOST), "grpo.updates_per_rollout": (1, MOST),
+    "selection.fraction": (0, 1), "selection.kl_coef": (0, MOST), "forking_fraction": (LEAST, 1 - LEAST),
+    "optimizer.lr": (0, MOST), "optimizer.warmup": (0, 1), "optimizer.weight_decay": (0, MOST),
+    "optimizer.max_grad_norm": (LEAST, MOST),
+    "micro_batch_size": (1, MOST), "micro_batch_tokens": (0, MOST), "logits_chunk": (1, MOST),
+    "rollout.batch_size": (1, MOST), "rollout.segment": (1, MOST),
+    "evaluation.problems": (1, MOST), "evaluation.samples": (1, MOST), "evaluation.samples_between": (1, MOST),
+    "evaluation.every": (0, MOST), "problems": (1, MOST), "samples": (1, MOST), "show": (0, MOST),
+    "log_every": (1, MOST), "save_every": (1, MOST), "keep": (1, MOST),
+    "max_bad_steps": (1, MOST), "distributed_timeout": (LEAST, MOST),
+    "countdown_problems": (1, MOST), "countdown.numbers": (2, 6), "countdown.largest": (1, MOST),
+    "toy.hidden": (1, MOST), "toy.layers": (1, MOST), "toy.heads": (1, MOST), "toy.intermediate": (1, MOST),
+    "toy.updates": (1, MOST), "toy.batch": (1, MOST), "toy.lr": (LEAST, MOST), "toy.seed": (0, MOST),
+}
+WORDS = {
+    "grpo.normaliser": ("token", "sequence"), "selection.normaliser": ("selected", "tokens"),
+    "optimizer.schedule": ("cosine", "constant"), "precision": ("auto", "fp32", "bf16"),
+}
+FIELDS = {"prompt.countdown": ("numbers", "target"), "prompt.math": ("problem",), "prompt.plain": ("problem",)}
+
+
 def check(keys: dict) -> None:
     """Refuses what cannot work, key by key, before anything is loaded or written."""
-
-    def bound(key, low, high=float("inf"), *, above=False):
-        if key not in keys:
-            return
-        require(type(keys[key]) in (int, float), f"{key}={keys[key]!r} in config.yaml is not a number")
-        fits = math.isfinite(keys[key]) and (low < keys[key] if above else low <= keys[key]) and keys[key] <= high
-        limits = f"{'above' if above else 'at least'} {low}" + (f" and at most {high}" if math.isfinite(high) else "")
-        require(fits, f"{key}={keys[key]}: give a number {limits}")
-
-    for key in ("steps", "prompts_per_step", "max_new_tokens", "micro_batch_size", "logits_chunk", "log_every", "keep",
-                "save_every", "rollout.batch_size", "rollout.segment", "evaluation.problems", "evaluation.samples",
-                "evaluation.samples_between", "problems", "samples", "countdown_problems", "countdown.largest",
-                "grpo.updates_per_rollout", "max_bad_steps",
-                "toy.layers", "toy.hidden", "toy.heads", "toy.intermediate", "toy.updates", "toy.batch"):
-        bound(key, 1)
-    bound("seed", 0, 2**31 - 1)
-    for key in ("grpo.clip_low", "grpo.clip_high", "selection.kl_coef", "optimizer.lr", "optimizer.weight_decay",
-                "evaluation.every", "micro_batch_tokens", "show", "toy.seed"):
-        bound(key, 0)
-    bound("temperature", 0, above="samples" not in keys)  # evaluate.py has that key
-    require(keys["temperature"] > 0 or keys.get("samples") == 1, "temperature=0 is greedy: give samples=1")
-    for key in ("optimizer.max_grad_norm", "toy.lr", "distributed_timeout"):
-        bound(key, 0, above=True)
-    for key in ("selection.fraction", "data.validation"):
-        bound(key, 0, 1)
-    bound("optimizer.warmup", 0, 1)
-    bound("countdown.numbers", 2, 6)
-    require(keys["countdown.limit"] >= keys["countdown.largest"],
-            f"countdown.limit={keys['countdown.limit']}: give at least countdown.largest={keys['countdown.largest']}")
-    if "toy.also" in keys:
-        for kind in filter(None, keys["toy.also"].split(",")):
-            require(re.fullmatch(r"[1-9]\d*x[1-9]\d*", kind) and int(kind.split("x")[1]) <= keys["countdown.limit"],
-                    f"toy.also={keys['toy.also']}: give kinds of problems like 3x20,5x20: so many numbers, the largest "
-                    f"at most countdown.limit={keys['countdown.limit']}")
-    heads = keys["toy.heads"]
+    for key in filter(keys.__contains__, RANGES):
+        value, (low, high) = keys[key], RANGES[key]
+        number = isinstance(value, (int, float)) and math.isfinite(value)
+        limits = f"at least {low}" + (f" and at most {high}" if high < MOST else "")
+        require(number and low <= value <= high, f"{key}={value}: give a number of {limits}")
+    for key in filter(keys.__contains__, WORDS):
+        require(keys[key] in WORDS[key], f"{key}={keys[key]}: give one of {', '.join(WORDS[key])}")
+    for key, fields in FIELDS.items():
+        for field in fields:
+            require(f"{{{field}}}" in keys[key], f"{key}={keys[key]!r}: it must contain {{{field}}}")
+    require(keys["temperature"] > 0 or keys.get("samples") == 1,
+            f"temperature={keys['temperature']}: 0 is greedy, for evaluate.py with samples=1")
+    limit, heads = keys["countdown.limit"], keys["toy.heads"]
+    require(limit >= keys["countdown.largest"],
+            f"countdown.limit={limit}: give at least countdown.largest={keys['countdown.largest']}")
+    for kind in filter(None, keys["toy.also"].split(",")):
+        require(re.fullmatch(r"[1-9]\d*x[1-9]\d*", kind) and int(kind.split("x")[1]) <= limit,
+                f"toy.also={keys['toy.also']}: give kinds like 3x20,5x20, with numbers up to countdown.limit={limit}")
     require(heads == 1 or heads % 2 == 0, f"toy.heads={heads}: give an even number, or 1")
-    require(keys["toy.hidden"] % (2 * heads) == 0,
-            f"toy.hidden={keys['toy.hidden']}: give a multiple of {2 * heads}, twice toy.heads")
+    require(keys["toy.hidden"] % (2 * heads) == 0, f"toy.hidden={keys['toy.hidden']}: give a multiple of {2 * heads}")
     if "steps" in keys:
         check_step(keys)
-    for key, fields in (("countdown", ("numbers", "target")), ("math", ("problem",)), ("plain", ("problem",))):
-        for field in fields:
-            template = keys[f"prompt.{key}"]
-            require(f"{{{field}}}" in template, f"prompt.{key}={template!r}: it must contain {{{field}}}")
     if "model" in keys:
         check_model(keys["model"])
-    require(keys.get("precision", "auto") in ("auto", "fp32", "bf16"),
-            f"precision={keys.get('precision')}: give auto, fp32 or bf16")
-    require(keys["reward.grader"] in ("exact", "math_verify", "math_verify_text"),
-            f"reward.grader={keys['reward.grader']}: give exact, math_verify or math_verify_text")
-    for wanted, package, mend in (
-            (keys["reward.grader"] != "exact", "math_verify",
-             f"reward.grader={keys['reward.grader']}: pip install math-verify"),
-            (keys.get("log.wandb"), "wandb", f"log.wandb={keys.get('log.wandb')}: pip install wandb"),
-            (keys.get("log.tensorboard"), "tensorboard", "log.tensorboard=true: pip install tensorboard")):
-        require(not wanted or importlib.util.find_spec(package) is not None,
-                f"{mend}, or leave the word out; that library is not here")
+    for key, wanted, package in (("reward.grader", keys["reward.grader"].startswith("math_verify"), "math-verify"),
+                                 ("log.wandb", keys.get("log.wandb"), "wandb"),
+                                 ("log.tensorboard", keys.get("log.tensorboard"), "tensorboard")):
+        require(not wanted or importlib.util.find_spec(package.replace("-", "_")) is not None,
+                f"{key}={keys.get(key)}: pip install {package}; that library is not here")
+
+
+def record_of(key: str, name: str, records: dict):
+    """The record of that name."""
+    require(name in records, f"{key}={name}: give one of {', '.join(records)}")
+    return records[name]
 
 
 def hub_dataset(source: str) -> tuple[str, str | None, str] | None:
@@ -100,19 +103,11 @@ def hub_dataset(source: str) -> tuple[str, str | None, str] | None:
 
 def check_step(keys: dict) -> None:
     require(keys["name"] not in ("", ".", "..") and Path(keys["name"]).name == keys["name"],
-            f"name={keys['name']}: give one plain folder name; the run goes to runs/<name>/")
-    require(keys["group_size"] >= 2, f"group_size={keys['group_size']}: give at least 2, for an advantage is a "
-                                     "completion's distance from the others of its group")
-    for key, words in (("grpo.normaliser", ("token", "sequence")),
-                       ("selection.normaliser", ("selected", "tokens")),
-                       ("optimizer.schedule", ("cosine", "constant"))):
-        require(keys[key] in words, f"{key}={keys[key]}: give {' or '.join(words)}")
-    require(0 < keys["forking_fraction"] < 1,
-            f"forking_fraction={keys['forking_fraction']}: give a share of the tokens above 0 and below 1")
+            f"name={keys['name']}: give one plain folder name")
     ranks, updates = int(os.environ.get("WORLD_SIZE", "1")), keys["grpo.updates_per_rollout"]
     require(keys["prompts_per_step"] % (ranks * updates) == 0,
-            f"prompts_per_step={keys['prompts_per_step']} does not divide by the {ranks} ranks x {updates} updates per "
-            f"rollout: give a multiple of {ranks * updates}")
+            f"prompts_per_step={keys['prompts_per_step']}: give a multiple of {ranks * updates}, "
+            f"{ranks} ranks x {updates} updates per rollout")
 
 
 def check_model(model: str) -> None:

@@ -61,24 +61,24 @@ BAD = {
     "infinite": (["optimizer.lr=inf"], ["optimizer.lr=inf"]),
     "group of one": (["group_size=1"], ["group_size=1", "at least 2"]),
     "no steps": (["steps=0"], ["steps=0"]),
-    "temperature 0": (["temperature=0.0"], ["temperature=0.0", "above 0"]),
-    "unknown schedule": (["optimizer.schedule=linear"], ["linear", "cosine or constant"]),
+    "temperature 0": (["temperature=0.0"], ["temperature=0.0", "samples=1"]),
+    "unknown schedule": (["optimizer.schedule=linear"], ["linear", "cosine, constant"]),
     "missing model folder": (["model=models/here/not"], ["models/here/not", "no such folder"]),
     "missing model folder, dotted": (["model=./nowhere"], ["./nowhere", "no such folder"]),
     "folder without a model": (["model=."], ["model=.", "config.json"]),
     "missing data": (["data=nothing.jsonl"], ["nothing.jsonl", "no such file"]),
     "prompt without target": (["prompt.countdown={numbers}"], ["prompt.countdown=", "{target}"]),
     "prompt without problem": (["prompt.plain=Solve it."], ["prompt.plain=", "{problem}"]),
-    "unknown grader": (["reward.grader=sympy"], ["reward.grader=sympy", "exact, math_verify or math_verify_text"]),
+    "unknown grader": (["reward.grader=sympy"], ["reward.grader=sympy", "exact, math_verify, math_verify_text"]),
     "missing recipe": (["recipe=recipes/no.yaml"], ["recipe=recipes/no.yaml", "no such file"]),
     "validation share above 1": (["data.validation=2.0"], ["data.validation=2.0", "at most 1"]),
-    "unknown normaliser": (["grpo.normaliser=batch"], ["batch", "token or sequence"]),
+    "unknown normaliser": (["grpo.normaliser=batch"], ["batch", "token, sequence"]),
     "no Weights & Biases": (["log.wandb=mine"], ["log.wandb=mine", "pip install wandb"]),
-    "no TensorBoard": (["log.tensorboard=true"], ["log.tensorboard=true", "pip install tensorboard"]),
+    "no TensorBoard": (["log.tensorboard=true"], ["log.tensorboard=True", "pip install tensorboard"]),
     "RLIF with div": (["reward=token_entropy", "objective=div"], ["objective=div", "reward=accuracy"]),
     "selection that pays nothing": (["selection.kl_coef=0"], ["selection.kl_coef=0", "strategy=none"]),
-    "all tokens fork": (["forking_fraction=1.0"], ["forking_fraction=1.0", "below 1"]),
-    "no token forks": (["forking_fraction=0.0"], ["forking_fraction=0.0", "above 0"]),
+    "all tokens fork": (["forking_fraction=1.0"], ["forking_fraction=1.0", "at most"]),
+    "no token forks": (["forking_fraction=0.0"], ["forking_fraction=0.0", "at least"]),
     "updates that do not divide": (["grpo.updates_per_rollout=3"], ["3 updates per rollout", "multiple of 3"]),
     "name with a path": (["name=../x"], ["name=../x", "plain folder name"]),
     "no name": (["name="], ["plain folder name"]),
@@ -185,7 +185,7 @@ def test_evaluate_speaks_the_same_way(tmp_path):
 
 
 def test_text_where_config_yaml_needs_a_number():
-    with pytest.raises(config.UserError, match="optimizer.lr='small'.*not a number"):
+    with pytest.raises(config.UserError, match="optimizer.lr=small: give a number of at least 0"):
         config.check(config.read_defaults() | {"optimizer.lr": "small"})
 
 
