@@ -12,7 +12,7 @@ import re
 import zlib
 from pathlib import Path
 
-from grading import GRADERS, READ_TEXT, answer_key, extract_answer, gold_answer
+from grading import GRADERS, GraderError, answer_key, extract_answer, gold_answer
 from rewards import solves_countdown
 from support import models
 from support.config import UserError, listed, print_notes, require
@@ -197,20 +197,27 @@ def drop_long_prompts(problems: list[dict], tokenizer, context: int, config) -> 
 
 
 def is_correct(problem: dict, text: str, grader: str) -> bool:
-    """The verifiable reward's verdict on a completion: for mathematics on its last \\boxed{}, and on nothing else but
-    where the grader itself looks for the answer."""
+    """Return whether a completion solves its problem, in mathematics by the verdict of the grader."""
     if "numbers" in problem:
         return solves_countdown(text, problem["numbers"], problem["target"])
-    answer = text if grader in READ_TEXT else extract_answer(text)
-    return answer is not None and GRADERS[grader](answer, problem["answer"])
+    try:
+        return GRADERS[grader](text, problem["answer"])
+    except GraderError as error:
+        raise UserError(f"reward.grader={grader}: {error}") from None
 
 
 def answer_of(problem: dict, text: str, grader: str) -> str:
-    """What two completions must share to be one answer: the chain whatever its spaces, the final answer's value."""
+    """Return a text that completions share if they give the same answer.
+
+    It is the chain without spaces, or the value of the boxed answer. Completions without a box are one answer to
+    the exact grader, which reads nothing else; math_verify may find different answers in them.
+    """
     if "numbers" in problem:
         return "".join(text.split())
     answer = extract_answer(text)
-    return answer_key(answer) if answer is not None else text * (grader in READ_TEXT)
+    if answer is not None:
+        return answer_key(answer)
+    return "" if grader == "exact" else text
 
 
 # ---------------------------------------------------------------- what is trained on, and what is held out

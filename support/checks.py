@@ -89,8 +89,8 @@ def check(keys: dict) -> None:
         check_file("evaluation.data", file, keys)
     require(keys.get("precision", "auto") in ("auto", "fp32", "bf16"),
             f"precision={keys.get('precision')}: give auto, fp32 or bf16")
-    require(keys["reward.grader"] in ("exact", "math_verify", "math_verify_text"),
-            f"reward.grader={keys['reward.grader']}: give exact, math_verify or math_verify_text")
+    require(keys["reward.grader"] in ("exact", "math_verify"),
+            f"reward.grader={keys['reward.grader']}: give exact or math_verify")
     for wanted, package, mend in (
             (keys["reward.grader"] != "exact", "math_verify",
              f"reward.grader={keys['reward.grader']}: pip install math-verify"),

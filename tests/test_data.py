@@ -10,6 +10,7 @@ from helpers import config_of
 from mathematics import GSM8K, MATH, tokenizer, write
 
 import data
+from grading import GraderError
 from rewards import is_equal
 from support.config import UserError
 
@@ -214,11 +215,21 @@ def test_files_that_are_no_data(tmp_path, content):
 
 def test_verdicts():
     problem = {"problem": "Half?", "answer": r"\frac{1}{2}", "level": None, "subject": ""}
-    for text, right in ((r"so \boxed{0.5}", True), (r"\boxed{1/2}, not \boxed{2}", False), ("1/2", False), ("", False)):
+    for text, right in ((r"so \boxed{0.5}", True), (r"\boxed{1/2}, not \boxed{2}", False), ("", False)):
         assert data.is_correct(problem, text, "exact") == right
         assert data.is_correct(problem, text, "math_verify") == right
-    assert data.is_correct(problem, "so it is 1/2", "math_verify_text")
-    assert not data.is_correct(problem, "so it is 1/3", "math_verify_text")
+    assert not data.is_correct(problem, "so it is $1/2$", "exact")
+    assert data.is_correct(problem, "so it is $1/2$", "math_verify")
+    assert not data.is_correct(problem, "so it is $1/3$", "math_verify")
+
+
+def test_a_grader_that_does_not_start_is_a_mistake_of_the_user(monkeypatch):
+    def grade(text, gold):
+        raise GraderError("the library does not start")
+
+    monkeypatch.setitem(data.GRADERS, "math_verify", grade)
+    with pytest.raises(UserError, match="^reward.grader=math_verify: the library does not start$"):
+        data.is_correct({"problem": "1?", "answer": "1"}, "1", "math_verify")
 
 
 def test_answers_that_count_as_one():
@@ -229,7 +240,7 @@ def test_answers_that_count_as_one():
 
     assert answer(r"\boxed{0.5}") == answer(r"thus \boxed{\frac{2}{4}}")
     assert answer("no box") == answer("none") != answer(r"\boxed{2}")
-    assert answer("it is 1", "math_verify_text") != answer("it is 2", "math_verify_text")
+    assert answer("it is 1", "math_verify") != answer("it is 2", "math_verify")
 
 
 PROBLEM = {"problem": r"What is $\frac{4}{2}$, {dear}?", "answer": "2", "level": None, "subject": ""}

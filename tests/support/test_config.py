@@ -71,7 +71,7 @@ BAD = {
     "missing data": (["data=nothing.jsonl"], ["data=nothing.jsonl", "no such file"]),
     "prompt without target": (["prompt.countdown={numbers}"], ["prompt.countdown=", "{target}"]),
     "prompt without problem": (["prompt.plain=Solve it."], ["prompt.plain=", "{problem}"]),
-    "unknown grader": (["reward.grader=sympy"], ["reward.grader=sympy", "exact, math_verify or math_verify_text"]),
+    "unknown grader": (["reward.grader=sympy"], ["reward.grader=sympy", "exact or math_verify"]),
     "levels of countdown": (["data.filter=level=3"], ["data.filter=level=3", "data=FILE"]),
     "missing recipe": (["recipe=recipes/no.yaml"], ["recipe=recipes/no.yaml", "no such file"]),
     "validation share above 1": (["data.validation=2.0"], ["data.validation=2.0", "at most 1"]),
