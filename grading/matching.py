@@ -213,12 +213,11 @@ def is_match_without_name(relation: Node, other: Node) -> bool:
     if relation.kind == "!=" or left_named == right_named:
         return False
     infinity = symbol(r"\infty", Budget())
-    is_closed = "=" in relation.kind
-    if left_named:
-        interval = Node("(]" if is_closed else "()", [Node("value", -infinity), right])
-    else:
-        interval = Node("[)" if is_closed else "()", [left, Node("value", infinity)])
-    return is_match(interval, other)
+    brackets = "(]" if left_named else "[)"
+    if relation.kind == "<":
+        brackets = "()"
+    ends = [Node("value", -infinity), right] if left_named else [left, Node("value", infinity)]
+    return is_match(Node(brackets, ends), other)
 
 
 def is_match_of_relations(a: Node, b: Node) -> bool:

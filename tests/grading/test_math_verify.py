@@ -37,7 +37,8 @@ def test_agrees_where_it_should_and_cannot_hang(monkeypatch):
 
 
 def test_the_answer_may_stand_outside_a_box():
-    assert grade("so it is 1/2", "0.5") and not grade("so it is 1/3", "0.5") and not grade("", "0.5")
+    assert grade("so it is 1/2", "0.5") and not grade("so it is 1/3", "0.5")
+    assert not grade("", "0.5")
     assert grade("so it is $3x$, thus 7", "7")
 
 
