@@ -1,4 +1,4 @@
-"""Where does SCOPE act? Which tokens it selects: a table, on the terminal, a page for a browser, and a picture.
+"""Where does SCOPE act? Which tokens it selects: a table, and a picture.
 
     python -m analysis.tokens run=runs/a
 
@@ -6,8 +6,8 @@ Files go to out=analyses/. `run=` takes a run's model and settings; one process,
 """
 
 import html
-import os
 import sys
+import textwrap
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -15,13 +15,12 @@ from typing import NamedTuple
 import numpy as np
 
 from analysis.one_step import Step, analysis_keys, draw_step, keys_of_an_analysis, settings_of
-from analysis.tokens_svg import svg
 from support import config as configs
-from support import distributed, help, report
+from support import distributed, help
 from support.files import replace_text
 from support.tables import aligned
 
-KEYS = {"reward.kind": "accuracy", "selection.strategy": "scope", "shown": 4}  # shown: problems on the page
+KEYS = {"reward.kind": "accuracy", "selection.strategy": "scope"}
 
 ROLES = ("operator", "operand", "result", "separator", "stop", "other")
 
@@ -81,105 +80,74 @@ def views(drawn: Step, row: int) -> list[View]:
     return [View(*values) for values in zip(texts, roles, *(column[row, valid].tolist() for column in columns))]
 
 
-def ansi(tokens: list[View], largest: float) -> str:
-    """A completion for the terminal: the redder, the higher the score; selected tokens bold and underlined."""
-    reds = (None, 224, 217, 210, 203, 196)  # of the 256 colours, from pale to full
-    words = []
-    for token in tokens:
-        red = reds[round(5 * token.score / largest)] if largest > 0 else None
-        codes = ([f"48;5;{red}", "30"] if red else []) + (["1", "4"] if token.selected else [])
-        text = token.text.replace("\n", "⏎").replace("\x1b", "")
-        words.append(f"\x1b[{';'.join(codes)}m{text}\x1b[0m" if codes else text)
-    return " ".join(words)
+CHARACTER, LINE = 8, 32  # pixels: the width of a character, with some to spare, and the height of a line
+MARGIN, LEFT, RIGHT = 20, 140, 780  # where labels begin, and where tokens begin and end
+LEGEND = "shade: p(1-p)[A]+; outlined: selected, these pay the KL penalty"
 
 
-STYLE = """body { font: 15px/1.5 ui-monospace, Menlo, Consolas, monospace; max-width: 62em; margin: 1.5em auto;
-  padding: 0 1em 4em; color: #222; background: #fff }
-h1 { font-size: 1.2em; overflow-wrap: anywhere } h2 { font-size: 1em; margin: 2em 0 0.3em; overflow-wrap: anywhere }
-pre { line-height: 1.35; overflow-x: auto } summary { cursor: pointer; margin-top: 2em }
-div { border-top: 1px solid #ddd; padding: 0.2em 0; line-height: 2.1 }
-p.wrote { border-top: 1px solid #ddd; margin: 0; padding: 0.4em 0; white-space: pre-wrap; overflow-wrap: anywhere;
-  max-height: 15em; overflow-y: auto }
-p.wrote .label { min-width: 20ch; margin-right: 1ch }
-.label { color: #57606a; display: inline-block; min-width: 10em }
-.bar { display: inline-block; width: 6em; height: 1em; vertical-align: -0.15em; border-radius: 3px;
-  background: linear-gradient(90deg, rgba(255, 90, 60, 0), rgb(255, 90, 60)) }
-span { padding: 2px 5px; border-radius: 3px; border: 2px solid transparent; cursor: help }
-.selected { border-color: #b00020; font-weight: bold }
-span:focus::after { content: attr(title); position: fixed; inset: auto 0 0 0; padding: 0.6em 1em; background: #222;
-  color: #fff; font-weight: normal; line-height: 1.5 }
-@media (max-width: 45em) { body { font-size: 14px } .label { display: block; line-height: 1.5 } }"""
+def svg(prompt: str, completions: list[tuple[str, list[View]]]) -> str:
+    """The prompt, and below it completions (label, tokens); long ones go on in a new line.
+
+    Browsers show a token's numbers while the mouse rests on it.
+    """
+    largest = max((token.score for _, tokens in completions for token in tokens), default=0.0) or 1.0
+    prompt, y = textwrap.shorten(visible(prompt), 90, placeholder=" …"), 34
+    parts, ends = [svg_text(MARGIN, y, prompt, bold=True)], [MARGIN + CHARACTER * max(len(prompt), len(LEGEND))]
+    for label, tokens in completions:
+        x, y = LEFT, y + LINE
+        parts.append(svg_text(MARGIN, y, label, fill="#6e7781"))
+        for token in tokens:
+            word = visible(token.text)
+            width = CHARACTER * len(word) + 10
+            if x + width > RIGHT and x > LEFT:
+                x, y = LEFT, y + LINE
+            outline = ' stroke="#b00020" stroke-width="2"' if token.selected else ""
+            title = f"p {token.p:.3f}, entropy {token.entropy:.3f}, A {token.advantage:+.3f}"
+            parts.append(f'<g><title>{title}</title><rect x="{x}" y="{y - 17}" width="{width}" height="24" rx="4" '
+                         f'fill="#ff5a3c" fill-opacity="{token.score / largest:.2f}"{outline}/>')
+            parts.append(svg_text(x + width // 2, y, word, bold=token.selected, anchor="middle") + "</g>")
+            ends.append(x + width)
+            x += width + 4
+    y += LINE + 8
+    parts.append(svg_text(MARGIN, y, LEGEND, fill="#6e7781"))
+    width, height = max(ends) + MARGIN, y + MARGIN
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
+            'font-family="ui-monospace, Menlo, Consolas, \'DejaVu Sans Mono\', monospace" font-size="13">\n'
+            '<rect width="100%" height="100%" rx="8" fill="#ffffff"/>\n' + "\n".join(parts) + "\n</svg>\n")
 
 
-def html_page(title: str, table: str, groups: list[tuple[str, list[tuple[str, list[View]]]]], largest: float,
-              samples: list[dict]) -> str:
-    """One page without outside resources. groups: (prompt, [(label, tokens of a completion)]); samples: the run's."""
-    parts = ["<!doctype html><html lang=en><meta charset=utf-8>"
-             "<meta name=viewport content='width=device-width, initial-scale=1'>"
-             f"<title>{html.escape(title)}</title><style>{STYLE}</style><h1>{html.escape(title)}</h1>"
-             f"<pre>{html.escape(table)}</pre>"
-             f"<p>Shaded by score p(1-p)[A]+: 0 <b class=bar></b> {largest:.3f}; "
-             "<b style='border: 2px solid #b00020; border-radius: 3px; padding: 2px 5px'>framed</b>: selected, it pays "
-             "the KL penalty. Rest the mouse on a token, or tap it, for its figures.</p>"]
-    for prompt, completions in groups:
-        parts.append(f"<h2>{html.escape(prompt)}</h2>")
-        for label, tokens in completions:
-            words = "\n".join(html_token(token, largest) for token in tokens)
-            parts.append(f"<div><i class=label>{html.escape(label)}</i>{words}</div>")
-    if samples:
-        parts.append(f"<details><summary>What it wrote while it was trained: {len(samples)} completions</summary>")
-        parts += [f"<p class=wrote><i class=label>step {row['step']}, reward {row['reward']:.3g}</i>"
-                  f"<b>{html.escape(row['prompt'])}</b> {html.escape(row['completion'])}</p>" for row in samples]
-        parts.append("</details>")
-    return "\n".join(parts) + "\n"
+def svg_text(x: int, y: int, text: str, *, bold: bool = False, fill: str = "#222222", anchor: str = "start") -> str:
+    weight = ' font-weight="bold"' if bold else ""
+    return f'<text x="{x}" y="{y}" text-anchor="{anchor}" fill="{fill}"{weight}>{html.escape(text)}</text>'
 
 
-def html_token(token: View, largest: float) -> str:
-    shade = token.score / largest if largest > 0 else 0.0
-    tip = (f"{token.role}: p {token.p:.3f}, entropy {token.entropy:.3f}, advantage {token.advantage:+.3f}, "
-           f"score {token.score:.3f}{', selected' if token.selected else ''}")
-    mark = ' class="selected"' if token.selected else ""
-    text = html.escape(token.text.replace("\n", "⏎"))
-    return (f'<span{mark} tabindex=0 style="background: rgba(255, 90, 60, {shade:.2f})" title="{html.escape(tip)}">'
-            f"{text}</span>")
+def visible(text: str) -> str:
+    """The text on one line: XML forbids most control characters, and a rectangle needs something to stand in it."""
+    text = text.replace("\n", "⏎")
+    return "".join(character if character.isprintable() else "·" for character in text).strip() or "␣"
 
 
 def main(arguments: list[str]) -> None:
     help.answer(arguments, __doc__, keys_of_an_analysis(KEYS))
-    config = settings_of(analysis_keys(arguments, KEYS, {"shown": 1}))
+    config = settings_of(analysis_keys(arguments, KEYS, {}))
     drawn = draw_step(config, distributed.setup(config.precision))
     every = [views(drawn, row) for row in range(len(drawn.correct))]
     flat = [token for row in every for token in row]
     table = role_table([t.role for t in flat], [t.selected for t in flat], [t.p for t in flat], [t.score for t in flat])
     title = f"{config.model}, step {config.step}: {config.selection.strategy} selects"
     title += f" {sum(t.selected for t in flat)} of {len(flat)} tokens"
-    print(f"{title}\n{table}\n")
+    print(f"{title}\n{table}")
 
-    most = sorted(range(len(drawn.problems)), key=lambda g: -drawn.selected[group_rows(g, config)].sum().item())
-    shown = most[: config.shown]  # the problems with most selected tokens: in a group of equal rewards there are none
-    largest = max(token.score for group in shown for token in sum(every[group_rows(group, config)], []))
-    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    groups = []
-    for group in shown:
-        rows = range(*group_rows(group, config).indices(len(every)))
-        prompt = drawn.run.tokenizer.decode(drawn.sampled.prompts[rows[0]])
-        verdicts = ["right" if drawn.correct[row] else "wrong" for row in rows]
-        groups.append((prompt, [(f"{verdict} A {drawn.advantages[row]:+.2f}", every[row])
-                                for verdict, row in zip(verdicts, rows)]))
-        print(prompt)
-        for verdict in sorted(set(verdicts)):  # one of each
-            row = every[rows[verdicts.index(verdict)]]
-            line = ansi(row, largest) if colour else " ".join(f"[{t.text}]" if t.selected else t.text for t in row)
-            print(f"  {verdict}  {line}")
-    print("shaded by score, selected underlined" if colour else "[selected]; with colours on a terminal")
-    file = Path(config.run) / "samples.jsonl"  # without run= nothing is known of the training
-    samples = report.read_lines(file) if config.run else []
+    problems = range(len(drawn.problems))  # in a group of equal rewards no token is selected: the picture shows another
+    shown = max(problems, key=lambda group: drawn.selected[group_rows(group, config)].sum().item())
+    rows = range(*group_rows(shown, config).indices(len(every)))
+    prompt = drawn.run.tokenizer.decode(drawn.sampled.prompts[rows[0]])
+    completions = [(f"{'right' if drawn.correct[row] else 'wrong'} A {drawn.advantages[row]:+.2f}", every[row])
+                   for row in rows]
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    replace_text(out / "tokens.html", html_page(title, table, groups, largest, samples))
-    prompt, completions = groups[0]
     replace_text(out / "tokens.svg", svg(prompt, examples(completions)))
-    print(f"written: {out / 'tokens.html'}, {out / 'tokens.svg'}")
+    print(f"written: {out / 'tokens.svg'}")
 
 
 def examples(completions: list[tuple[str, list[View]]], count: int = 2) -> list[tuple[str, list[View]]]:

@@ -1,9 +1,6 @@
-"""Where SCOPE acts: roles, the table, the terminal, the page, the picture, and the command, as it is of one step."""
+"""Where SCOPE acts: roles, the table, the picture, and the command, as it is of one step."""
 
-import json
 import re
-import sys
-from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree
@@ -16,8 +13,7 @@ from helpers import ALONE, ROOT
 import step as steps
 import toy
 from analysis import one_step, tokens
-from analysis.tokens import View
-from analysis.tokens_svg import svg
+from analysis.tokens import View, svg
 from support import config as configs
 
 
@@ -72,48 +68,7 @@ def test_views():
     assert second[0][2:6] == pytest.approx((0.125, 0.4, -2.0, 3.0))
 
 
-# ---------------------------------------------------------------- page, terminal, picture
-
-
-class Page(HTMLParser):
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.words, self.titles, self.open = [], [], [], ""
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.open = tag
-        if tag == "span":
-            self.titles.append(dict(attrs))
-
-    def handle_data(self, text):
-        if self.open == "span" and text.strip():
-            self.words.append(text)
-
-
-def test_html_is_escaped_and_alone():
-    nasty = ['<script>alert("1")</script>', "&amp;", "'\" onmouseover=x", "a\nb"]
-    groups = [("<b>prompt", [("right", [view(text, 0.4, text == "&amp;") for text in nasty])])]
-    samples = [{"step": 10, "prompt": "<a>1", "completion": "2 <img src=x>\n3", "reward": 0.123456}]
-    text = tokens.html_page("<i>title", "a < b", groups, 0.5, samples)
-    page = Page(text)
-    assert set(page.tags) == {"html", "meta", "title", "style", "h1", "pre", "p", "h2", "div", "i", "b", "span",
-                              "details", "summary"}
-    assert page.words == [*nasty[:3], "a⏎b"]
-    assert page.titles[0].keys() == {"style", "title", "tabindex"} and "0.80" in page.titles[0]["style"]
-    assert [t.get("class") for t in page.titles] == [None, "selected", None, None]
-    assert page.titles[1]["title"] == "operand: p 0.500, entropy 0.700, advantage +2.000, score 0.400, selected"
-    assert "step 10, reward 0.123" in text and "2 &lt;img src=x&gt;\n3" in text and "0.500;" in text
-    assert not re.search(r"http|<script|url\(|@import|<link|<img", text)  # alone
-    assert "width=device-width" in text and "<details" not in tokens.html_page("", "", groups, 0.5, [])
-
-
-def test_ansi():
-    line = tokens.ansi([view("3"), view("+", 0.1), view("4", 0.5, True), view("\x1b[2J\n")], largest=0.5)
-    assert line == "3 \x1b[48;5;224;30m+\x1b[0m \x1b[48;5;196;30;1;4m4\x1b[0m [2J⏎"
-    assert tokens.ansi([view("3")], largest=0.0) == "3"
-    assert tokens.ansi([view("3", 0.38)], largest=0.5) == "\x1b[48;5;203;30m3\x1b[0m"  # the nearest red
+# ---------------------------------------------------------------- the picture
 
 
 def test_examples():
@@ -130,7 +85,7 @@ def test_examples():
 
 
 def elements(text: str, name: str) -> list:
-    return ElementTree.fromstring(text).findall(f"{{http://www.w3.org/2000/svg}}{name}")
+    return list(ElementTree.fromstring(text).iter(f"{{http://www.w3.org/2000/svg}}{name}"))
 
 
 def test_svg_shows_every_token():
@@ -146,6 +101,8 @@ def test_svg_shows_every_token():
     assert [(word.text, word.get("font-weight")) for word in words] == [
         ('<b>&"', "bold"), ("15", None), ("a⏎b··", None), ("␣", "bold"), ("·", None), ("wrong A -1.20", None),
         ("7", None)]
+    titles = elements(text, "title")
+    assert len(titles) == 6 and titles[0].text == "p 0.500, entropy 0.700, A +2.000"  # shown under the mouse
 
 
 def test_svg_holds_what_it_shows():
@@ -236,33 +193,21 @@ def test_one_process(monkeypatch):
 def test_command_of_a_run(in_tmp, small, capsys, monkeypatch):
     """run= gives the settings and the model; further keys on the command line win."""
     make_run("runs/a", [*small, "seed=4", "steps=2"])
-    sample = {"step": 7, "prompt": "1 2 -> 3 :", "completion": "1 + 2 = 3", "reward": 1.0}
-    Path("runs/a/samples.jsonl").write_text(json.dumps(sample) + "\n")
-    arguments = ["run=runs/a", "group_size=5", "shown=2"]
+    arguments = ["run=runs/a", "group_size=5"]
     keys = one_step.analysis_keys(arguments, tokens.KEYS, {})
     assert (keys["seed"], keys["group_size"], keys["max_new_tokens"]) == (4, 5, 10)
     assert keys["model"] == "runs/a/model" and "steps" not in keys
     tokens.main(arguments)
     told = capsys.readouterr().out
     total = int(re.search(r"selects (\d+) of (\d+) tokens", told)[1])
-    assert total > 0 and "operand" in told and "share of selected" in told and "[selected]" in told
-    text = Path("analyses/tokens.html").read_text()
-    page = Page(text)
-    assert page.tags.count("h2") == 2 and page.tags.count("div") == 10 and len(page.titles) > 10
-    assert "step 7, reward 1" in text and "<b>1 2 -&gt; 3 :</b> 1 + 2 = 3" in text  # of samples.jsonl
+    assert "operand" in told and "share of selected" in told
 
     drawn = one_step.draw_step(settings(arguments), ALONE)
     per_problem = drawn.selected.view(6, -1).sum(dim=1)
-    shown = [part.count('class="selected"') for part in text.split("<h2>")[1:]]
-    assert shown == sorted(per_problem.tolist(), reverse=True)[:2] and total == per_problem.sum()
-    first, second = per_problem.argsort(descending=True, stable=True)[:2].tolist()
-    rows = range(5 * first, 5 * first + 5)
+    assert total == per_problem.sum() > 0
+    shown = per_problem.argsort(descending=True, stable=True)[0].item()  # the problem with most selected tokens
+    rows = range(5 * shown, 5 * shown + 5)
     prompt = drawn.run.tokenizer.decode(drawn.sampled.prompts[rows[0]])
-    assert f"written: {Path('analyses/tokens.html')}, {Path('analyses/tokens.svg')}" in told and prompt in told
-    largest = max(drawn.scores[5 * group : 5 * group + 5].max() for group in (first, second))  # of what is shown
-    shades = [float(shade) for shade in re.findall(r"rgba\(255, 90, 60, (.*?)\)", text.split("<h2>")[1])]
-    assert max(shades) == pytest.approx((drawn.scores[rows].max() / largest).item(), abs=0.006)
-
     picture = Path("analyses/tokens.svg").read_text()
     head, *words = (element.text for element in elements(picture, "text"))
     assert head == prompt.strip() and elements(picture, "rect")[0].get("fill") == "#ffffff"
@@ -271,19 +216,11 @@ def test_command_of_a_run(in_tmp, small, capsys, monkeypatch):
     assert set(labels) == of_row and labels == sorted(labels) and len(labels) <= 4
     assert sum(bool(rectangle.get("stroke")) for rectangle in elements(picture, "rect")) > 0
 
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    tokens.main(arguments)
-    assert "\x1b[48;5;" in (told := capsys.readouterr().out) and "selected underlined" in told
-    monkeypatch.setenv("NO_COLOR", "1")
-    tokens.main(arguments)
-    assert "\x1b" not in capsys.readouterr().out
-
 
 @pytest.mark.parametrize("arguments, words", [
     (["contexts=3"], "unknown config key"), (["run=nowhere"], "run=nowhere: no config.yaml"),
     (["model=./nowhere"], "no such folder"), (["forking_fraction=0.0"], "forking_fraction=0.0"),
-    (["forking_fraction=1.0"], "forking_fraction=1.0"), (["step=-1"], "step=-1"), (["shown=0"], "shown=0"),
+    (["forking_fraction=1.0"], "forking_fraction=1.0"), (["step=-1"], "step=-1"), (["shown=3"], "unknown"),
     (["group_size=1"], "group_size=1"), (["temperature=0.0"], "temperature=0.0"), (["out=file"], "out=file is a file"),
     (["reward=praise"], "self_certainty"), (["selection.strategy=best"], "scope")])
 def test_bad_input(tmp_path, monkeypatch, small, arguments, words):
