@@ -3,11 +3,9 @@
     python benchmark.py step                    # a step with SCOPE's penalty, with none, and on all tokens
     python benchmark.py memory                  # an update at a vocabulary of 151,936, against one with full logits
     python benchmark.py rollout                 # tokens a second, against one bare `generate`: equal and skewed lengths
-    python benchmark.py ranks                   # the same steps by 1, 2 and 4 ranks
-    python benchmark.py growth                  # how time grows with length, batch and vocabulary
     python benchmark.py peer                    # a step of TRL's GRPOTrainer (pip install trl), same model and problems
 
-Any key of config.yaml can follow. What is compared alternates, but for memory and ranks; medians are divided.
+Any key of config.yaml can follow. What is compared alternates, but for memory; medians are divided.
 """
 
 import sys
@@ -22,13 +20,10 @@ if __name__ == "__main__":
 
 import copy
 import itertools
-import json
 import multiprocessing
-import subprocess
 import tempfile
 import time
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -225,57 +220,6 @@ def rollouts(config, world) -> None:
               f"{median['bare'] / median['ours']:.2f} x its tokens a second", flush=True)
 
 
-# ---------------------------------------------------------------- ranks
-
-
-def ranks(config, world) -> None:
-    """12 steps of train.py; ranks share the cores, and one rank has them all."""
-    seconds, own = {}, sys.argv[2:]
-    with tempfile.TemporaryDirectory() as folder:
-        for count in (1, 2, 4):
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}",
-                       Path(__file__).with_name("train.py").resolve(), f"name={count}", "evaluation.problems=1",
-                       "evaluation.samples=1", "evaluation.every=0", "steps=12", *own]
-            subprocess.run(command, cwd=folder, check=True, capture_output=True)
-            rows = [json.loads(line) for line in (Path(folder) / "runs" / f"{count}" / "metrics.jsonl").open()]
-            times = [sum(v for k, v in row.items() if k.startswith("time/")) for row in rows if "loss" in row]
-            seconds[count] = float(np.median(times[1:]))
-            print(f"  {count} rank(s) on {multiprocessing.cpu_count()} cores: {seconds[count]:.3f} s a step, "
-                  f"{seconds[1] / seconds[count]:.2f} x one rank's speed")
-
-
-# ---------------------------------------------------------------- growth
-
-
-def growth(config, world) -> None:
-    """The exponent of time in each size: 1 is proportional, 0 is free."""
-    usual = {"length": 128, "batch": 16, "vocabulary": 8192}
-    for name, smallest in (("length", 64), ("batch", 8), ("vocabulary", 8192)):
-        sizes, works = [smallest * 2**i for i in range(4)], {}
-        for size in sizes:
-            works |= {(kind, size): work for kind, work in pieces(world, **usual | {name: size}).items()}
-        median = alternating(works, rounds=3)
-        for kind in ("rollout", "update"):
-            times = [median[kind, size] for size in sizes]
-            exponent = np.polyfit(np.log(sizes), np.log(times), 1)[0]
-            print(f"  {kind:>7} by {name} {sizes}: {times[0]:.3f} to {times[-1]:.3f} s, exponent {exponent:.2f}")
-
-
-def pieces(world, *, length: int, batch: int, vocabulary: int) -> dict:
-    """A rollout of `batch` completions of `length` tokens, and an update from them."""
-    model = random_model(vocabulary=vocabulary, dtype=world.dtype, device=world.device)
-    prompts = [[7] * 16] * batch
-    completions = torch.randint(1, vocabulary, (batch, length), generator=torch.Generator().manual_seed(0)).tolist()
-    sampled = rollout.from_completions(prompts, completions, world.device)
-    config = configs.namespace(configs.nest(configs.read_defaults() | {"selection.strategy": "none",
-                                                                       "micro_batch_size": 8, "logits_chunk": 256}))
-    run = steps.Run(config, world, model, None, [0], [], loss=steps.MicroBatchLoss(model, config, 1),
-                    optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0))
-    rewards = torch.arange(float(batch), device=world.device)
-    return {"rollout": partial(ours, model, prompts, longest=length, batch=batch),
-            "update": partial(learn, run, sampled, rewards, rewards > 0)}
-
-
 # ---------------------------------------------------------------- peer
 
 
@@ -331,7 +275,7 @@ def beside_trl(run, beta: float) -> dict[str, list[float]]:
 
 # ---------------------------------------------------------------- the command
 
-BENCHMARKS = {"step": step, "memory": memory, "rollout": rollouts, "ranks": ranks, "growth": growth, "peer": peer}
+BENCHMARKS = {"step": step, "memory": memory, "rollout": rollouts, "peer": peer}
 
 
 def main(what: str, keys: dict) -> None:
