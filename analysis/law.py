@@ -15,8 +15,8 @@ import numpy as np
 
 from support import config as configs
 from support import help, plots
-from support.statistics import t_quantile
-from support.tables import aligned
+from support.report import t_quantile
+from support.tables import markdown_table
 
 KEYS = {"runs": "", "out": "analyses"}
 
@@ -103,7 +103,7 @@ def main(arguments: list[str]) -> None:
         lines.append([name, str(len(points)), f"{H[0]:.3f} -> {H[-1]:.3f}", f"{R[0]:.3f} -> {R[-1]:.3f}",
                       *(f"{value:+.3f} ±{half:.3f}" for value, half in fits[name].intervals().values())])
     few = min(map(len, runs.values()))
-    print(aligned(lines))
+    print(markdown_table(lines[0], lines[1:]))
     print("± is half the 95 % interval (Student's t). A run's points follow from each other, so it is too narrow if "
           "anything" + (f"; {few} points are few: evaluation.every=10 gives more" if few < 10 else "") + ".")
     first = next(iter(runs))

@@ -18,7 +18,7 @@ from analysis.one_step import Step, analysis_keys, draw_step, keys_of_an_analysi
 from support import config as configs
 from support import distributed, help
 from support.files import replace_text
-from support.tables import aligned
+from support.tables import markdown_table
 
 KEYS = {"reward.kind": "accuracy", "selection.strategy": "scope"}
 
@@ -55,7 +55,7 @@ def role_table(roles: list[str], chosen: list[bool], p: list[float], scores: lis
         lines.append([role, str(every[role]), f"{share:.1%}", str(taken[role]), f"{of_selected:.1%}",
                       f"{of_selected / share:.2f}", f"{np.mean([p[i] for i in own]):.3f}",
                       f"{np.mean([scores[i] for i in own]):.3f}"])
-    return aligned(lines)
+    return markdown_table(lines[0], lines[1:])
 
 
 class View(NamedTuple):

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from grading import GRADERS, READ_TEXT, extract_answer, gold_answer, is_equal
 from support.config import UserError, one_line_errors, require
 from support.rows import read_rows
-from support.tables import aligned
+from support.tables import markdown_table
 
 PAIR = {"pred": str, "gold": str, "equal": bool, "kind": str}
 
@@ -45,7 +45,7 @@ def compare(rows: list[dict]) -> None:
             right = sum(verdicts[grader][i] == rows[i]["equal"] for i in chosen)
             false = sum(verdicts[grader][i] and not rows[i]["equal"] for i in chosen)
             table.append([kind, str(len(chosen)), grader, str(right), f"{right / len(chosen):.1%}", str(false)])
-    print(aligned(table))
+    print(markdown_table(table[0], table[1:]), end="")
     print("; ".join(f"{grader}: {seconds[grader] / len(rows) * 1000:.2f} ms a pair" for grader in graders))
     for row, found in zip(rows, verdicts["exact"]):
         if found != row["equal"] and row["kind"] != "text_response":

@@ -4,7 +4,7 @@ from collections import Counter
 
 from support import report
 from support.plots import COLOURS, GREY, caption, colours, curve, legend, over_k
-from support.statistics import mean_interval
+from support.report import mean_interval
 
 TITLES = {"RLVR": "RLVR, with a verifier", "RLIF": "RLIF, without a verifier"}
 

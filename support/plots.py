@@ -4,7 +4,7 @@ from pathlib import Path
 
 from support.config import read_stored, require
 from support.files import read_log
-from support.statistics import mean_interval
+from support.report import mean_interval
 
 # Of 9 inches, with letters that can still be read where a page shows it 850 pixels wide.
 STYLE = {"savefig.dpi": 180, "font.size": 10, "axes.titlesize": 10.5, "legend.fontsize": 9, "axes.grid": True,

@@ -1,4 +1,4 @@
-"""Tables over seeds, in Markdown: means with 95 % intervals, and paired differences with corrected p-values.
+"""Tables over seeds: means with 95 % intervals, and paired differences with corrected p-values.
 
 `lines` are the runs of an experiment, one dictionary each (reproduce.py): section, row, strength, seed, figures. A
 column is (title, path into the figures). Runs of equal seed are paired, whatever their rows.
@@ -6,11 +6,14 @@ column is (title, path into the figures). Runs of equal seed are paired, whateve
 
 import json
 import math
+from functools import cache
 from pathlib import Path
+
+import numpy as np
 
 from support.config import require
 from support.files import read_log
-from support.statistics import holm, mean_interval, t_test
+from support.tables import markdown_table
 
 
 def read_lines(file: Path) -> list[dict]:
@@ -65,11 +68,6 @@ def value(line: dict, path: tuple[str, ...]) -> float:
     return float(found)
 
 
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-
-
 def name_of(row: tuple) -> str:
     """A row's name, with its strength where it has one."""
     label, strength = row
@@ -87,7 +85,7 @@ def means(rows: dict[tuple, dict[int, dict]], columns: list[tuple]) -> str:
     for row, runs in rows.items():
         cells = [interval(*mean_interval([value(line, path) for line in runs.values()])) for _, path in columns]
         table.append([name_of(row), str(len(runs)), *cells])
-    return markdown(["", "seeds", *(title for title, _ in columns)], table)
+    return markdown_table(["", "seeds", *(title for title, _ in columns)], table)
 
 
 def differences(rows: dict[tuple, dict[int, dict]], pairs: list[tuple[tuple, tuple]], columns: list[tuple]) -> str:
@@ -107,7 +105,7 @@ def differences(rows: dict[tuple, dict[int, dict]], pairs: list[tuple[tuple, tup
             mean, half, p, above, seeds = column[i]
             cells.append(f"{interval(mean, half, '+')}{' *' * (p < 0.05)} ({above}/{seeds})")
         table.append([f"{name_of(row)} − {name_of(reference)}", *cells])
-    return markdown(["difference", *(title for title, _ in columns)], table)
+    return markdown_table(["difference", *(title for title, _ in columns)], table)
 
 
 def best_strength(rows: dict[tuple, dict[int, dict]], path: tuple[str, ...]) -> list[tuple]:
@@ -123,3 +121,49 @@ def best_strength(rows: dict[tuple, dict[int, dict]], path: tuple[str, ...]) -> 
         if seeds and {strength for _, strength in own} in ({None}, strengths):
             best.append(max(own, key=lambda row: sum(value(own[row][seed], path) for seed in seeds)))
     return best
+
+
+# ---------------------------------------------------------------- statistics over seeds
+
+
+@cache
+def t_mass(freedom: int) -> tuple[np.ndarray, np.ndarray]:
+    """u and P(|T| <= sqrt(freedom) tan u) for Student's t: its density in u is cos(u)^(freedom - 1)."""
+    u = np.linspace(0, np.pi / 2, 50_001)
+    mass = np.cos(u) ** (freedom - 1)
+    mass = np.concatenate([[0.0], np.cumsum((mass[1:] + mass[:-1]) / 2)])  # trapezoids
+    return u, mass / mass[-1]
+
+
+def t_quantile(level: float, freedom: int) -> float:
+    """Quantile of Student's t, level >= 1/2."""
+    u, mass = t_mass(freedom)
+    return float(np.sqrt(freedom) * np.tan(np.interp(2 * level - 1, mass, u)))
+
+
+def t_test(values) -> float:
+    """Two-sided p-value of Student's test that the mean of the values is 0; nan for fewer than two, or all equal."""
+    values = np.asarray(values, dtype=float)
+    if len(values) < 2 or np.ptp(values) == 0:
+        return math.nan
+    t = abs(values.mean()) / (values.std(ddof=1) / math.sqrt(len(values)))
+    u, mass = t_mass(len(values) - 1)
+    return float(1 - np.interp(np.arctan(t / math.sqrt(len(values) - 1)), u, mass))
+
+
+def mean_interval(values) -> tuple[float, float]:
+    """The mean, and half the width of its 95 % interval by Student's t; nan for one value."""
+    values = np.asarray(values, dtype=float)
+    if len(values) < 2:
+        return float(values.mean()), math.nan
+    half = t_quantile(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
+    return float(values.mean()), float(half)
+
+
+def holm(p_values: list[float]) -> list[float]:
+    """p-values corrected for their number (Holm 1979): the i-th smallest times those not smaller. nan stays nan."""
+    known = sorted((p, i) for i, p in enumerate(p_values) if not math.isnan(p))
+    corrected, highest = list(p_values), 0.0
+    for place, (p, i) in enumerate(known):
+        highest = corrected[i] = max(highest, min(1.0, p * (len(known) - place)))
+    return corrected

@@ -1,9 +1,8 @@
-"""Estimates over problems with their errors: clustered standard errors, paired bootstrap, Student's t, Holm."""
+"""Estimates over problems with their errors: clustered standard errors, paired bootstrap."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 
@@ -52,46 +51,3 @@ def difference(ones: Sequence[Estimate], others: Sequence[Estimate], *, resample
     low, high = np.quantile(gaps, [0.025, 0.975])
     value = sum(other.value - one.value for one, other in zip(ones, others)) / len(ones)
     return value, float(low), float(high)
-
-
-@cache
-def t_mass(freedom: int) -> tuple[np.ndarray, np.ndarray]:
-    """u and P(|T| <= sqrt(freedom) tan u) for Student's t: its density in u is cos(u)^(freedom - 1)."""
-    u = np.linspace(0, np.pi / 2, 50_001)
-    mass = np.cos(u) ** (freedom - 1)
-    mass = np.concatenate([[0.0], np.cumsum((mass[1:] + mass[:-1]) / 2)])  # trapezoids
-    return u, mass / mass[-1]
-
-
-def t_quantile(level: float, freedom: int) -> float:
-    """Quantile of Student's t, level >= 1/2."""
-    u, mass = t_mass(freedom)
-    return float(np.sqrt(freedom) * np.tan(np.interp(2 * level - 1, mass, u)))
-
-
-def t_test(values) -> float:
-    """Two-sided p-value of Student's test that the mean of the values is 0; nan for fewer than two, or all equal."""
-    values = np.asarray(values, dtype=float)
-    if len(values) < 2 or np.ptp(values) == 0:
-        return math.nan
-    t = abs(values.mean()) / (values.std(ddof=1) / math.sqrt(len(values)))
-    u, mass = t_mass(len(values) - 1)
-    return float(1 - np.interp(np.arctan(t / math.sqrt(len(values) - 1)), u, mass))
-
-
-def mean_interval(values) -> tuple[float, float]:
-    """The mean, and half the width of its 95 % interval by Student's t; nan for one value."""
-    values = np.asarray(values, dtype=float)
-    if len(values) < 2:
-        return float(values.mean()), math.nan
-    half = t_quantile(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
-    return float(values.mean()), float(half)
-
-
-def holm(p_values: list[float]) -> list[float]:
-    """p-values corrected for their number (Holm 1979): the i-th smallest times those not smaller. nan stays nan."""
-    known = sorted((p, i) for i, p in enumerate(p_values) if not math.isnan(p))
-    corrected, highest = list(p_values), 0.0
-    for place, (p, i) in enumerate(known):
-        highest = corrected[i] = max(highest, min(1.0, p * (len(known) - place)))
-    return corrected

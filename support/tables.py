@@ -1,53 +1,34 @@
-"""Tables in text."""
-
-import math
-
-WIDTH = 100  # of a terminal
+"""Tables in Markdown, for pages and for the terminal."""
 
 
-def aligned(lines: list[list[str]], width: float = math.inf) -> str:
-    """A table of texts, the first line its head, the first column its labels, the others aligned on the right.
-
-    Columns that do not fit the width go into further tables below, each with the labels.
-    """
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    blocks, taken = [[]], widths[0]
-    for column in range(1, len(widths)):
-        if taken + 2 + widths[column] > width and blocks[-1]:
-            blocks.append([])
-            taken = widths[0]
-        blocks[-1].append(column)
-        taken += 2 + widths[column]
-    tables = ["\n".join("  ".join(line[i].rjust(widths[i]) for i in [0, *block]) for line in lines) for block in blocks]
-    return "\n\n".join(tables)
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    """Write a table of texts: a header, a rule, and a line for each row."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 def format_table(summaries: dict[str, dict]) -> str:
-    """Models by their metrics: value, and its standard error where it has one. A line a model, or where that is too
-    wide a line a metric."""
-    columns = list(dict.fromkeys(name for metrics in summaries.values() for name in metrics))
-
-    def cell(metric):
-        if metric is None:
-            return "-"
-        value, error = metric
-        return f"{value:.3f}" if error is None else f"{value:.3f} ±{error:.3f}"
-
-    lines = [["", *columns]] + [[label, *(cell(metrics.get(name)) for name in columns)]
-                                for label, metrics in summaries.items()]
-    if sum(2 + max(len(line[i]) for line in lines) for i in range(len(lines[0]))) - 2 > WIDTH:
-        lines = [list(line) for line in zip(*lines)]
-    return aligned(lines, WIDTH)
+    """Show models side by side: a line for each metric, its value and, where it has one, its standard error."""
+    metrics = list(dict.fromkeys(name for summary in summaries.values() for name in summary))
+    return markdown_table(["", *summaries], [[metric, *(cell(summary.get(metric)) for summary in summaries.values())]
+                                             for metric in metrics])
 
 
-def difference_table(rows: list[str], differences: dict[str, dict[str, tuple]]) -> str:
-    """A line a metric, a column a model: the difference, its 95 % interval, and * where that leaves 0 out."""
+def cell(metric: tuple | None) -> str:
+    if metric is None:
+        return "-"
+    value, error = metric
+    return f"{value:.3f}" if error is None else f"{value:.3f} ±{error:.3f}"
 
-    def cell(found: tuple | None) -> str:
-        if found is None:
-            return "-"
-        value, low, high = found
-        return f"{value:+.3f} [{low:+.3f}, {high:+.3f}] {'*' if low > 0 or high < 0 else ' '}"
 
-    lines = [[row, *(cell(own.get(row)) for own in differences.values())] for row in rows]
-    return aligned([["", *differences], *lines], WIDTH)
+def difference_table(metrics: list[str], differences: dict[str, dict[str, tuple]]) -> str:
+    """Show each model's difference from the first: its 95 % interval, and * where that leaves 0 out."""
+    return markdown_table(["", *differences], [[metric, *(difference_cell(of_model.get(metric))
+                                                         for of_model in differences.values())] for metric in metrics])
+
+
+def difference_cell(difference: tuple | None) -> str:
+    if difference is None:
+        return "-"
+    value, low, high = difference
+    return f"{value:+.3f} [{low:+.3f}, {high:+.3f}]" + (" *" if low > 0 or high < 0 else "")

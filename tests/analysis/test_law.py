@@ -14,7 +14,7 @@ from helpers import ROOT
 
 from analysis import law
 from support import config as configs
-from support.statistics import t_quantile
+from support.report import t_quantile
 
 
 def test_t_quantile_against_tables():
@@ -96,7 +96,7 @@ def test_command(tmp_path, monkeypatch, capsys):
     law.main([f"runs={','.join(names)}", "out=here"])
     assert pictures == [(names, names)]
     told = capsys.readouterr().out
-    assert re.search(r"runs/grpo +5 +0\.500 -> 0\.260 .* \+0\.60\d ±0\.01\d", told.splitlines()[1])
+    assert re.search(r"\| runs/grpo \| 5 \| 0\.500 -> 0\.260 \| .* \+0\.60\d ±0\.01\d", told.splitlines()[2])
     assert re.search(r"runs/up: its 4 points.* \+0\.0[45]\d+ .*: above it", told)
     assert re.search(r"runs/down: .* -0\.0[45]\d+ .*: below it", told)
     assert re.search(r"runs/near-above: .* \+0\.000\d+ .*: not beyond noise of it", told)

@@ -39,7 +39,7 @@ def test_roles_of_other_tokenizers():
 def test_role_table_by_hand():
     roles = ["operand"] * 6 + ["operator"] * 3 + ["stop"]
     table = tokens.role_table(roles, [True] * 3 + [False] * 3 + [True] + [False] * 3, [0.5] * 10, [0.1] * 10)
-    operator, operand, stop = (line.split() for line in table.splitlines()[1:])
+    operator, operand, stop = (line.strip("| ").split(" | ") for line in table.splitlines()[2:])
     assert operand == ["operand", "6", "60.0%", "3", "75.0%", "1.25", "0.500", "0.100"]
     assert operator[4:6] == ["25.0%", "0.83"] and stop[3:6] == ["0", "0.0%", "0.00"]
     assert "0.00" in tokens.role_table(roles, [False] * 10, [0.5] * 10, [0.0] * 10)  # nothing selected

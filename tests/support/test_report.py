@@ -6,7 +6,7 @@ from itertools import permutations
 import pytest
 
 from support import report
-from support.statistics import holm, mean_interval, t_test
+from support.report import holm, mean_interval, t_test
 
 
 def line(row, seed, x, y=0.0, strength=None, section="RLVR"):
