@@ -30,7 +30,6 @@ import json
 import os
 import shutil
 import subprocess
-import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,7 +39,7 @@ from tqdm import tqdm
 import data
 import toy
 from support import figures, plots, processes, report
-from support.files import checksum, replace_text
+from support.files import replace_text
 from support.runs import MAY_DIFFER
 
 # ---------------------------------------------------------------- what the paper's names stand for
@@ -57,11 +56,25 @@ SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 
 class Row(NamedTuple):
-    """One kind of run: its words for train.py; `strength` tells apart those that differ only in lambda or q."""
+    """One kind of run: its words for train.py; `strength` tells apart those that differ only in lambda or q.
+
+    `name` is what is trained; rows of several experiments that train the same share it.
+    """
 
     label: str
     words: tuple[str, ...]
     strength: float | None = None
+    name: str = ""
+
+
+def run_name(section: str, row: Row, seed: int) -> str:
+    """Name a run so that a reader knows what it is: RLVR-SCOPE-0.03-seed3."""
+    name = row.name or report.name_of((row.label, row.strength)).replace(", ", "-")
+    return f"{section}-{name}-seed{seed}".replace(" + ", "+").replace(" ", "-")
+
+
+def strength_of(word: str) -> str:
+    return f"{float(word.partition('=')[2]):g}"
 
 
 class Experiment(NamedTuple):
@@ -80,7 +93,8 @@ def baseline(section: str, lambdas: dict) -> Row:
 
 def figure2(lambdas: dict) -> dict[str, list[Row]]:
     """Section 4.4: the baseline and SCOPE."""
-    return {name: [baseline(name, lambdas), Row("SCOPE", (*words, "selection.strategy=scope", lambdas[name]))]
+    return {name: [baseline(name, lambdas), Row("SCOPE", (*words, "selection.strategy=scope", lambdas[name]),
+                                             name=f"SCOPE-{strength_of(lambdas[name])}")]
             for name, words in PARADIGMS.items()}
 
 
@@ -102,9 +116,12 @@ def figure1(lambdas: dict) -> dict[str, list[Row]]:
         equal = float(lambdas[name].partition("=")[2]) / 0.05  # at q = 5 % the two forms are one
         for share in SHARES:
             selected = (*words, f"selection.strategy={'scope' if share < 1 else 'all'}", f"selection.fraction={share}")
-            rows.append(Row("mean over the selected", (*selected, lambdas[name]), share))
+            value = strength_of(lambdas[name])
+            rows.append(Row("mean over the selected", (*selected, lambdas[name]), share,
+                            f"SCOPE-{value}" if share == 0.05 else f"mean-{value}-q{share:g}"))
             rows.append(Row("constant for a token", (*selected, f"selection.kl_coef={equal:g}",
-                                                     "selection.normaliser=tokens"), share))
+                                                     "selection.normaliser=tokens"), share,
+                            f"constant-{equal:g}-q{share:g}"))
         sections[name] = rows
     return sections
 
@@ -116,10 +133,16 @@ def table2(lambdas: dict) -> dict[str, list[Row]]:
                "RLIF": {"Self-Certainty": "reward=self_certainty", "Tok-Entropy": "reward=token_entropy",
                         "Traj-Entropy": "reward=trajectory_likelihood", "EM-RL token": "reward=trajectory_entropy"}}
     off_policy = {"KL-Cov": ("grpo.updates_per_rollout=2",)}  # its penalty is to the policy that sampled
-    return {section: [Row(label + suffix, (*PARADIGMS[section], word, f"selection.strategy={strategy}",
-                                           lambdas[section], *off_policy.get(label, ())))
-                      for label, word in found.items() for suffix, strategy in (("", "none"), (" + SCOPE", "scope"))]
-            for section, found in methods.items()}
+    same = {"Self-Certainty": "INTUITOR", "Self-Certainty + SCOPE": f"SCOPE-{strength_of(lambdas['RLIF'])}"}
+    sections = {}
+    for section, found in methods.items():
+        sections[section] = []
+        for label, word in found.items():
+            words, both = (*PARADIGMS[section], word, lambdas[section], *off_policy.get(label, ())), f"{label} + SCOPE"
+            name = same.get(both, f"{both}-{strength_of(lambdas[section])}")
+            sections[section] += [Row(label, (*words, "selection.strategy=none"), name=same.get(label, label)),
+                                  Row(both, (*words, "selection.strategy=scope"), name=name)]
+    return sections
 
 
 EXPERIMENTS = {
@@ -171,22 +194,14 @@ def lambdas_of(settings: dict) -> dict[str, str]:
     return {name: f"selection.kl_coef={settings[f'{name.lower()}_lambda']:g}" for name in PARADIGMS}
 
 
-def training_of(words: list[str]) -> dict:
-    """The keys that decide what a run computes, and what is in the files that they name."""
-    keys = {k: v for k, v in sorted(configs.training_keys(words).items()) if k not in MAY_DIFFER}
-    named = [keys["data.file"], *configs.listed(keys["evaluation.data"])]
-    return keys | {f"checksum of {file}": checksum(Path(file)) for file in named if Path(file).is_file()}
-
-
-def label_of(keys: dict) -> str:
-    """What a run is called in runs.jsonl, by which keys differ from the defaults: a new key changes nothing."""
-    defaults = configs.read_defaults()
-    return f"{zlib.crc32(json.dumps({k: v for k, v in keys.items() if v != defaults.get(k, v)}).encode()):08x}"
-
-
-def name_of(keys: dict) -> str:
-    """Its folder in runs/: all of its keys, so that a changed default or file is another folder."""
-    return f"reproduce-{zlib.crc32(json.dumps(keys).encode()):08x}"
+def refuse_other_settings(out: Path, known: dict, runs: list[dict], keys: dict) -> None:
+    """A name says what varies within an experiment; all else has to be as in the runs that are there."""
+    for run in [run for run in runs if run["run"] in known]:
+        config = known[run["run"]]["config"]
+        varied = {configs.SHORT.get(key, key) for key in (word.partition("=")[0] for word in run["row_words"])}
+        for key in sorted(keys.keys() & config.keys() - varied - MAY_DIFFER - {"seed"}):
+            configs.require(config[key] == keys[key],
+                            f"{out} holds runs of {key}={config[key]}, not {keys[key]}: give another out=")
 
 
 def start(run: dict, slot: int, slots: int, settings: dict) -> subprocess.Popen:
@@ -214,26 +229,27 @@ def perform(name: str, words: list[str], settings: dict) -> list[dict]:
     common = common_words(words)
     keys = configs.training_keys(common)
     toy.model_folder(keys["model"], configs.namespace(configs.nest(keys)))  # once, not by each of the first runs
-    runs = []
+    runs, prefix = [], "" if settings["out"] == OWN["out"] else f"{Path(settings['out']).name}-"
     for seed in range(settings["first_seed"], settings["first_seed"] + (settings["seeds"] or experiment.seeds)):
         for section, rows in experiment.rows(lambdas_of(settings)).items():
             for row in rows:
-                own = [*common, *row.words, f"seed={seed}"]
-                keys = training_of(own)
-                label = label_of(keys)
+                name_of_run = run_name(section, row, seed)
                 runs.append({"section": section, "row": row.label, "strength": row.strength, "seed": seed,
-                             "run": label, "name": name_of(keys), "words": own, "keys": keys})
-                if label in known and any(known[label]["keys"].get(k, v) != v for k, v in keys.items()):
-                    del known[label]
+                             "run": name_of_run, "name": prefix + name_of_run, "row_words": row.words,
+                             "words": [*common, *row.words, f"seed={seed}"]})
+    refuse_other_settings(out, known, runs, keys)
     slots = settings["jobs"] or max(1, (torch.cuda.device_count() or os.cpu_count() or 1) // settings["ranks"])
-    others = report.lines_of_other_seeds(out, runs)
+    names = {run["run"] for run in runs}
+    others = [line for line in report.read_lines(out / "runs.jsonl") if line["run"] not in names]  # of further seeds
     missing = list({run["run"]: run for run in runs if run["run"] not in known}.values())
     with tqdm(total=len(missing), desc=name, unit="run", disable=None) as bar:
         ended = processes.in_parallel(missing, slots, lambda run, slot: start(run, slot, slots, settings))
         for count, (run, status) in enumerate(ended, start=1):
             configs.require(status == 0, f"a run failed: see runs/{run['name']}.log; then give the same command again")
             folder = Path("runs") / run["name"]
-            known[run["run"]] = {"figures": report.figures_of(folder), "keys": run["keys"], **processes.versions()}
+            config = {key: value for key, value in configs.read_stored(folder / "config.yaml").items()
+                      if key not in MAY_DIFFER}
+            known[run["run"]] = {"figures": report.figures_of(folder), "config": config, **processes.versions()}
             for large in ("checkpoints", "model"):  # nobody asks for the weights again
                 shutil.rmtree(folder / large, ignore_errors=True)
             write_lines(out, runs, known, others)
@@ -246,7 +262,7 @@ def perform(name: str, words: list[str], settings: dict) -> list[dict]:
 
 def write_lines(out: Path, runs: list[dict], known: dict, others: list[dict]) -> list[dict]:
     """runs.jsonl: the finished runs as this experiment calls them."""
-    shared = ("figures", "keys", "commit", "python", "torch", "transformers", "device")
+    shared = ("figures", "config", "commit", "python", "torch", "transformers", "device")
     lines = [{key: run[key] for key in ("section", "row", "strength", "seed", "run")}
              | {key: known[run["run"]][key] for key in shared} for run in runs if run["run"] in known] + others
     out.mkdir(parents=True, exist_ok=True)

@@ -34,7 +34,8 @@ def benchmarks(lines: list[dict]) -> tuple[list[str], str]:
 
 def data_of(lines: list[dict], file: str = "") -> str:
     """What the problems are called on an axis."""
-    words = "held-out Countdown" if lines[0]["keys"]["data.file"] == "countdown" else "held-out problems"
+    config = lines[0]["config"]
+    words = "held-out Countdown" if config.get("data", config.get("data.file")) == "countdown" else "held-out problems"
     return f"{words}, {file}" if file else words
 
 

@@ -11,28 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from support.config import require
 from support.files import read_log
 from support.tables import markdown_table
 
 
 def read_lines(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-
-
-def lines_of_other_seeds(out: Path, runs: list[dict]) -> list[dict]:
-    """The lines of an earlier command that are not among `runs`; refused if that had other settings."""
-    shared = {key: value for key, value in runs[0]["keys"].items()
-              if key != "seed" and all(run["keys"][key] == value for run in runs)}
-    lines, same = read_lines(out / "runs.jsonl"), {}
-    for run in runs:
-        same[run["section"], run["row"], run["strength"]] = {k: v for k, v in run["keys"].items() if k != "seed"}
-    for line in lines:  # a key that the program did not have then changes nothing
-        for key, value in same.get((line["section"], line["row"], line["strength"]), shared).items():
-            require(line["keys"].get(key, value) == value,
-                    f"{out} holds runs of {key}={line['keys'].get(key)}, not {value}: give another out=")
-    labels = {run["run"] for run in runs}
-    return [line for line in lines if line["run"] not in labels]
 
 
 def figures_of(folder: Path) -> dict:

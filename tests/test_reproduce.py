@@ -21,6 +21,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 
 RESULTS = [name for name in reproduce.EXPERIMENTS if (ROOT / "results" / name / "table.md").is_file()]
+NAMES: dict[str, dict] = {}
+FIGURES: dict[str, dict] = {}
 SETTINGS = dict(reproduce.OWN) | {"jobs": 1}
 
 
@@ -42,7 +44,7 @@ def test_killed_and_resumed_the_same_table(tmp_path, monkeypatch):
     before = (out / "runs.jsonl").read_text()
     assert len(before.splitlines()) == 1 and not (out / "table.md").exists()
     time.sleep(0.5)  # the runs end with it
-    logs = {log: log.stat().st_mtime for log in (tmp_path / "runs").glob("reproduce-*.log")}
+    logs = {log: log.stat().st_mtime for log in (tmp_path / "runs").glob("*.log")}
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(plots, "picture", lambda path, draw: f"no {path}")  # they have a test of their own
     monkeypatch.delitem(reproduce.PARADIGMS, "RLIF")  # two processes less
@@ -50,12 +52,12 @@ def test_killed_and_resumed_the_same_table(tmp_path, monkeypatch):
     lines = lines_of(out)
     assert [(line["section"], line["row"]) for line in lines] == [("RLVR", "GRPO"), ("RLVR", "SCOPE")]
     for run in map(json.loads, before.splitlines()):
-        log = tmp_path / "runs" / f"{reproduce.name_of(run['keys'])}.log"
+        log = tmp_path / "runs" / f"{run['run']}.log"
         assert log.stat().st_mtime == logs[log]  # not started again
     assert len(list((tmp_path / "runs" / "base-evaluations").glob("*.npz"))) == 5  # one a file, for all runs
     for i, line in enumerate(lines):  # the figures of an unbroken run of the same words; one was killed
-        assert not (tmp_path / "runs" / reproduce.name_of(line["keys"]) / "model").exists()
-        train.main({key: line["keys"].get(key, usual) for key, usual in configs.read_defaults().items()}
+        assert not (tmp_path / "runs" / line["run"] / "model").exists()
+        train.main({key: line["config"].get(key, usual) for key, usual in configs.read_defaults().items()}
                    | {"name": f"unbroken{i}"})
         found = report.figures_of(tmp_path / "runs" / f"unbroken{i}")
         assert [line["figures"][who] for who in ("base", "trained")] == [found[who] for who in ("base", "trained")]
@@ -65,33 +67,21 @@ def test_killed_and_resumed_the_same_table(tmp_path, monkeypatch):
     assert reproduce.perform("figure2", words[3:], SETTINGS | {"seeds": 1}) == lines  # nothing left to run
     with pytest.raises(configs.UserError, match="holds runs of steps=2, not 3: give another out="):
         reproduce.perform("figure2", [*SMALL, "steps=3"], SETTINGS)
-    other = [line | {"run": "x", "keys": line["keys"] | {"seed": 9}} for line in lines]
-    assert report.lines_of_other_seeds(out, other) == lines  # fewer or other seeds lose no line
-
-
-def test_other_problems_in_a_file_of_the_same_name_are_another_run(tmp_path):
-    problems = tmp_path / "mine.jsonl"
-
-    def run_on(text: str) -> dict:
-        problems.write_text(text)
-        keys = reproduce.training_of([f"evaluation.data={problems}"])
-        return {"section": "RLVR", "row": "GRPO", "strength": None, "run": reproduce.label_of(keys), "keys": keys}
-
-    first, second = run_on('{"numbers": [2, 3], "target": 6}'), run_on('{"numbers": [2, 3], "target": 5}')
-    assert first["run"] == second["run"]  # as lines written before there were checksums have it
-    assert reproduce.name_of(first["keys"]) != reproduce.name_of(second["keys"])
-    (tmp_path / "runs.jsonl").write_text(json.dumps(first) + "\n")
-    assert report.lines_of_other_seeds(tmp_path, [first]) == []
-    with pytest.raises(configs.UserError, match=r"checksum of \S+mine.jsonl=\w{8}, not \w{8}: give another out="):
-        report.lines_of_other_seeds(tmp_path, [second])
+    lines[1]["run"] = "RLVR-SCOPE-0.03-seed9"  # of a seed that is not asked for now: no line is lost
+    (out / "runs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    monkeypatch.setattr(processes, "in_parallel", lambda runs, slots, start: iter([]))
+    assert reproduce.perform("figure2", words[3:], SETTINGS | {"seeds": 1}) == lines
 
 
 @pytest.mark.parametrize("name", reproduce.EXPERIMENTS)
 def test_every_row_is_a_run_that_train_would_take(name):
     rows = reproduce.EXPERIMENTS[name].rows(reproduce.lambdas_of(SETTINGS))
-    labels = [reproduce.label_of(reproduce.training_of([*row.words, "seed=0"])) for found in rows.values()
-              for row in found]
+    labels = [reproduce.run_name(section, row, 0) for section, found in rows.items() for row in found]
     assert len(labels) == len(set(labels)) and list(rows) == ["RLVR", "RLIF"]
+    for label, row in zip(labels, [row for found in rows.values() for row in found]):
+        settings = {key: value for key, value in configs.training_keys(row.words).items() if key != "name"}
+        assert NAMES.setdefault(label, settings) == settings  # of another experiment too
+        assert [settings] == [other for other in NAMES.values() if other == settings]
     names = [(section, row.label, row.strength) for section, found in rows.items() for row in found]
     assert len(names) == len(set(names))
 
@@ -133,7 +123,7 @@ def made_up(name: str, seeds: int) -> list[dict]:
                 training = dict.fromkeys(("seconds", "tokens/s", "length", "mem_gb", "selection/fraction"), 0.1)
                 figures = {"base": trained, "trained": trained, "training": training}
                 lines.append({"section": section, "row": row.label, "strength": row.strength, "seed": seed,
-                              "figures": figures, "keys": {"data.file": "countdown"}})
+                              "figures": figures, "config": {"data": "countdown"}})
     return lines
 
 
@@ -157,6 +147,18 @@ def test_tables_of_whole_and_half_results(name):
         assert "| constant for a token, 0.1 − constant for a token, 0.05 | +0.020 ±0.000" in text
     if name == "table2":
         assert "| Div + SCOPE − Div | +0.010 ±0.000 (2/2) |" in text
+
+
+@pytest.mark.parametrize("name", {reproduce.EXPERIMENTS[name].runs_of or name for name in RESULTS})
+def test_names_of_committed_runs(name):
+    """A row's name is what its runs are called; the same name has the same figures in every file."""
+    rows = reproduce.EXPERIMENTS[name].rows(reproduce.lambdas_of(SETTINGS))
+    names = {(section, row.label, row.strength): row for section, found in rows.items() for row in found}
+    for line in lines_of(ROOT / "results" / name):
+        row = names[line["section"], line["row"], line["strength"]]
+        assert line["run"] == reproduce.run_name(line["section"], row, line["seed"])
+        assert line["config"]["seed"] == line["seed"]
+        assert FIGURES.setdefault(line["run"], line["figures"]) == line["figures"]
 
 
 @pytest.mark.parametrize("name", RESULTS)

@@ -21,7 +21,7 @@ def line(section, row, seed, accuracy, breadth, strength=None):
     numbers = {"training": {"selection/fraction": strength or 0.0}, "base": {"a": base, "b": base},
                "trained": {"a": metrics, "b": metrics}}
     return {"section": section, "row": row, "strength": strength, "seed": seed, "figures": numbers,
-            "keys": {"data.file": "countdown"}}
+            "config": {"data": "countdown"}}
 
 
 def lines(*rows) -> list[dict]:
