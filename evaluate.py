@@ -4,15 +4,13 @@
     python evaluate.py "model=[toy,runs/a/model]" data=problems.jsonl samples=256 show=3    # compared, and looked at
     python evaluate.py recipe=runs/a/config.yaml model=runs/a/model "data=[gsm8k,math500,amc]" problems=1319
     torchrun --nproc_per_node=4 evaluate.py model=... samples=128
-    python evaluate.py plot=runs/a,runs/b                                                  # training curves
 
 Samples at the training temperature with nothing cut off, by the code and the grader of training. Completions
 are kept in evaluations/ as they come (completions.py), so that a killed evaluation goes on where it stopped.
 P problems, n samples each.
 
 model and data: one, or several as [a,b]. problems: the first so many of each file. k: those of Pass@k, as [1,8,64].
-show: so many problems with completions, best and worst. out: a name for the results, or the picture's file with plot:
-folders of runs whose training curves to draw instead.
+show: so many problems with completions, best and worst. out: a name for the results.
 """
 
 import sys
@@ -203,11 +201,8 @@ def of_completions(kept: Completions, grader: str) -> Evaluation:
 
 def main(keys: dict) -> None:
     config = configs.namespace(configs.nest(keys))
-    if config.plot:
-        print(plots.curves_of(configs.listed(config.plot), config.out))
-        return
     ks, names = configs.ks(config.k, config.samples), configs.listed(config.model)
-    settings = {key: value for key, value in keys.items() if key not in ("out", "show", "plot", "recipe")}
+    settings = {key: value for key, value in keys.items() if key not in ("out", "show", "recipe")}
     check_result(config.out, settings)
     problem_sets = {file: problems_of(file, config) for file in configs.listed(config.data.file)}
     with distributed.joined(config.precision) as world:

@@ -230,7 +230,7 @@ def evaluation_keys(arguments: list[str]) -> dict:
             "toy.", "benchmarks.")
     keys = {key: value for key, value in defaults.items() if key.startswith(kept)}
     keys |= {"data.file": defaults["evaluation.data"], "problems": defaults["evaluation.problems"], "samples": 16,
-             "k": "auto", "show": 0, "out": "auto", "plot": ""}
+             "k": "auto", "show": 0, "out": "auto"}
     keys = override(keys, [a.replace("models=", "model=", 1) if a.startswith("models=") else a for a in arguments])
     check({key: value for key, value in keys.items() if key not in ("model", "data.file")})
     for model in listed(keys["model"]):
@@ -240,7 +240,7 @@ def evaluation_keys(arguments: list[str]) -> dict:
         require(file != "auto" or defaults["data.file"] == "countdown",
                 f"recipe={keys['recipe']} evaluates on a share of its training file: give data=FILE")
     ks(keys["k"], keys["samples"])
-    require(keys["plot"] or (keys["out"] not in ("", ".", "..") and Path(keys["out"]).name == keys["out"]),
+    require(keys["out"] not in ("", ".", "..") and Path(keys["out"]).name == keys["out"],
             f"out={keys['out']}: give one plain name; the results go to evaluations/<out>.json")
     return keys
 

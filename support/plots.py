@@ -1,10 +1,10 @@
 """What all pictures share; Pass@k of several models, training curves of several runs."""
 
+import sys
 from pathlib import Path
 
-from support.config import read_stored, require
+from support.config import one_line_errors, read_stored, require
 from support.files import read_log
-from support.report import mean_interval
 
 # Of 9 inches, with letters that can still be read where a page shows it 850 pixels wide.
 STYLE = {"savefig.dpi": 180, "font.size": 10, "axes.titlesize": 10.5, "legend.fontsize": 9, "axes.grid": True,
@@ -132,108 +132,47 @@ def short_name(model: str) -> str:
 
 # ---------------------------------------------------------------- training curves
 
-CURVES = {  # title: the keys of metrics.jsonl that hold it, the first found is drawn
-    "accuracy of the step's completions": ("reward/accuracy",),
-    "entropy (nats)": ("entropy",),
-    "KL on selected tokens (nats)": ("kl/selected",),
-    "completion length (tokens)": ("length/mean",),
-    "held-out Pass@1": ("eval/pass@1",),
-    "held-out Pass@16": ("eval/pass@16", "eval/pass@4"),
+CURVES = {  # title: the key of metrics.jsonl
+    "accuracy of the step's completions": "reward/accuracy",
+    "entropy (nats)": "entropy",
+    "KL on selected tokens (nats)": "kl/selected",
+    "completion length (tokens)": "length/mean",
+    "held-out Pass@1": "eval/pass@1",
+    "held-out Pass@16": "eval/pass@16",
 }
-OF_SEEDS = {"seed", "name", "resume"}  # by these the runs of one line may differ
 
 
-def read_metrics(folders: list[str]) -> dict[str, list[dict]]:
-    """The rows of each run's metrics.jsonl."""
+def read_runs(folders: list[str]) -> dict[str, list[dict]]:
+    """Read the rows of each run's metrics.jsonl; values that were not finite (None) are left out."""
     runs = {}
     for folder in folders:
         file = Path(folder) / "metrics.jsonl"
-        require(file.is_file(), f"plot={folder}: no metrics.jsonl there; give folders of runs, runs/a,runs/b")
-        # A value that was not finite, None, is left out.
+        require(file.is_file(), f"{folder}: no metrics.jsonl there; give folders of runs, runs/a runs/b")
         runs[folder] = [{key: x for key, x in row.items() if x is not None} for row in read_log(file)]
     return runs
 
 
-def curves_of(folders: list[str], out: str) -> str:
-    """Draws the training curves of runs; returns the line to print."""
-    path, runs = Path("training_curves.png" if out == "auto" else out), read_metrics(folders)
-    require(path.suffix in (".png", ".pdf", ".svg") and path.parent.is_dir() and not path.is_dir(),
-            f"out={out}: give the name of a picture, .png, .pdf or .svg, in a folder that there is")
-    return picture(path, lambda plot: training_curves(plot, runs))
-
-
-def by_seed(folders: list[str]) -> dict[str, list[str]]:
-    """{label: runs that differ in nothing but their seed}; a run without config.yaml stands alone.
-
-    Several seeds are called by what tells them from the other lines, one run by its folder.
-    """
-    groups: dict[tuple, list[str]] = {}
-    for folder in folders:
-        file = Path(folder) / "config.yaml"
-        keys = read_stored(file) if file.is_file() else {"run": folder}
-        same = tuple(sorted((key, str(value)) for key, value in keys.items() if key not in OF_SEEDS))
-        groups.setdefault(same, []).append(folder)
-    shared = set.intersection(*map(set, groups))
-    labels = {}
-    for keys, own in groups.items():
-        words = ", ".join(f"{key}={value}" for key, value in keys if (key, value) not in shared) or own[0]
-        labels[own[0] if len(own) == 1 else f"{words}: {len(own)} seeds"] = own
-    return labels
-
-
 def training_curves(plot, runs: dict[str, list[dict]]):
-    """Six panels over the steps of several runs; several seeds of one are a mean with its 95 % interval."""
-    groups = by_seed(list(runs))
-    own = dict(zip(groups, colours([method_of(folders[0]) for folders in groups.values()])))
+    """Draw six quantities of several runs over their steps, a line a run."""
     figure, axes = plot.subplots(2, 3, figsize=(11, 6.4), layout="constrained")
-    for axis, (title, keys) in zip(axes.flat, CURVES.items()):
-        for label, folders in groups.items():
-            every = [row for folder in folders for row in runs[folder]]
-            key = next((key for key in keys if any(key in row for row in every)), keys[0])
-            if key == "kl/selected" and not any(row.get(key) for row in every):
-                continue  # no token was selected
-            draw_curve(axis, key, [[row for row in runs[folder] if key in row] for folder in folders], own[label])
+    run_colours = dict(zip(runs, colours([method_of(folder) for folder in runs])))
+    for axis, (title, key) in zip(axes.flat, CURVES.items()):
+        for folder, rows in runs.items():
+            rows = [row for row in rows if key in row]
+            steps, values = [row["step"] for row in rows], [row[key] for row in rows]
+            errors = [1.96 * row.get(f"{key}_stderr", 0.0) for row in rows]
+            if key.startswith("eval/"):
+                axis.errorbar(steps, values, errors, fmt="o-", color=run_colours[folder], markersize=4, capsize=3)
+            else:
+                axis.plot(steps, values, color=run_colours[folder], linewidth=1)
         axis.set(xlabel="step", title=title)
-        axis.set_ylim(bottom=max(0, axis.get_ylim()[0]))  # none of these is negative, whatever a band may say
-    legend(figure, [plot.Line2D([], [], color=own[label]) for label in groups], list(groups))
-    words = "Thin: every step; thick: the mean of 11 around it. Bars on held-out points: 95 % intervals over problems"
-    if len(groups) < len(runs):
-        words += ".\nOf several seeds: the mean, with bands and bars that are 95 % intervals over seeds (Student)"
-    caption(figure, words)
+        axis.set_ylim(bottom=max(0, axis.get_ylim()[0]))  # none of these is negative
+    legend(figure, [plot.Line2D([], [], color=colour) for colour in run_colours.values()], list(runs))
+    caption(figure, "Bars on held-out points: 95 % intervals over problems")
     return figure
 
 
-def draw_curve(axis, key: str, runs: list[list[dict]], colour: str) -> None:
-    """One quantity of one run, or of several seeds at the steps that all of them have."""
-    runs = [{row["step"]: row for row in rows} for rows in runs]
-    steps = sorted(set.intersection(*(set(run) for run in runs)))
-    if not steps:
-        return
-    values = [[run[step][key] for step in steps] for run in runs]
-    if key.startswith("eval/"):
-        middle, half = over_seeds(values)
-        if len(runs) == 1:
-            half = [1.96 * runs[0][step].get(f"{key}_stderr", 0.0) for step in steps]
-        axis.errorbar(steps, middle, half, fmt="o-", color=colour, markersize=4, capsize=3, elinewidth=1)
-        return
-    reach = 5 if len(steps) > 20 else 0
-    middle, half = over_seeds([running_mean(row, reach) for row in values])
-    inner = steps[reach : len(steps) - reach]
-    axis.plot(inner, middle, color=colour)
-    if len(runs) == 1:
-        axis.plot(steps, values[0], color=colour, alpha=0.3, linewidth=1)
-    else:
-        low, high = ([m + sign * h for m, h in zip(middle, half)] for sign in (-1, 1))
-        axis.fill_between(inner, low, high, color=colour, alpha=0.2, linewidth=0)
-
-
-def over_seeds(runs: list[list[float]]) -> tuple[tuple, tuple]:
-    """At each step the mean over runs, and half its 95 % interval."""
-    return tuple(zip(*(mean_interval(column) for column in zip(*runs))))
-
-
-def running_mean(values, reach: int) -> list[float]:
-    """The mean of each value and its `reach` neighbours on either side, where it has so many: nothing is made up for
-    before the first or after the last, and a fall is drawn neither late nor early.  [n] -> [n - 2 reach]
-    """
-    return [sum(values[i - reach : i + reach + 1]) / (2 * reach + 1) for i in range(reach, len(values) - reach)]
+if __name__ == "__main__":  # python -m support.plots runs/a runs/b
+    with one_line_errors():
+        RUNS = read_runs(sys.argv[1:])
+        print(picture(Path("training_curves.png"), lambda plot: training_curves(plot, RUNS)))

@@ -391,21 +391,6 @@ def test_other_settings_or_weights_are_another_evaluation(toys, tmp_path, monkey
     assert pair[0.5] < pair[1.0] - 1e-3, pair
 
 
-def test_training_curves(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    for name in ("a", "b"):
-        Path(name).mkdir()
-        rows = [{"step": s, "reward/accuracy": 0.1, "entropy": 1.0 / s, "length/mean": 3.0} for s in range(1, 5)]
-        rows.append({"step": 4, "eval/pass@1": 0.2})
-        Path(name, "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for word, file in (("out=auto", "training_curves.png"), ("out=a/own.svg", "a/own.svg")):
-        run(["plot=a,b", word])
-        assert capsys.readouterr().out == f"written: {file}\n" and Path(file).stat().st_size > 5000
-    for words in (["plot=a,c"], ["plot=a", "out=x.gif"], ["plot=a", "out=nowhere/x.png"], ["plot=a", "out=a"]):
-        with pytest.raises(configs.UserError, match=re.escape("plot=c" if "c" in words[0] else words[1])):
-            run(words)
-
-
 def test_without_matplotlib_one_line_says_how(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert plots.picture(tmp_path / "x.png", None) == "no x.png: pip install matplotlib"

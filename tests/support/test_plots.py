@@ -10,11 +10,10 @@ import yaml
 
 import reproduce
 from support import plots
+from support.config import UserError
 
 matplotlib.use("Agg")
 from matplotlib import colors, pyplot  # noqa: E402
-
-T_2 = 4.302653  # Student's t, 97.5 %, 2 degrees of freedom
 
 
 @pytest.fixture(autouse=True)
@@ -130,20 +129,13 @@ def panel(figure, title: str):
     return axis
 
 
-def test_running_mean_makes_nothing_up():
-    assert plots.running_mean([3.0, 0.0, 0.0, 6.0], 1) == [1, 2]
-    assert plots.running_mean([3.0, 1.0], 0) == [3, 1]
-
-
-def test_curves_of_a_run(tmp_path):
-    """Every step, thin; the mean of 11 where there are 11; held-out points with 1.96 standard errors."""
+def test_curves_of_runs(tmp_path):
+    """Every step of a run, held-out points with 1.96 standard errors, and the colour of its method."""
     values = [math.exp(-step / 9) for step in range(30)]
     runs = dict([run(tmp_path / "one", "none", 0, values, 0.4), run(tmp_path / "two", "scope", 0, values[:8], 0.5)])
     figure = plots.training_curves(pyplot, runs)
-    smooth, every, short, _ = panel(figure, "entropy (nats)").lines
-    assert every.get_ydata() == pytest.approx(values) and every.get_xdata().tolist() == list(range(1, 31))
-    assert smooth.get_xdata().tolist() == list(range(6, 26))
-    assert smooth.get_ydata() == pytest.approx([np.mean(values[i - 5 : i + 6]) for i in range(5, 25)])
+    every, short = panel(figure, "entropy (nats)").lines
+    assert every.get_xydata().tolist() == [[step, value] for step, value in enumerate(values, start=1)]
     assert short.get_xydata().tolist() == [[step, value] for step, value in enumerate(values[:8], start=1)]
     bars = panel(figure, "held-out Pass@1").collections[0].get_segments()
     assert [tuple(bar[:, 1]) for bar in bars] == [pytest.approx((0.3804, 0.4196))] * 2
@@ -153,24 +145,8 @@ def test_curves_of_a_run(tmp_path):
     assert not panel(figure, "completion length (tokens)").lines
 
 
-def test_seeds_are_one_line_and_a_band(tmp_path):
-    """The mean over seeds and its t-interval, at the steps that all have; another setting is another line."""
-    runs = dict([run(tmp_path / f"seed{seed}", "scope", seed, [1.0 + seed, 2.0, 4.0 * seed][: 3 - (seed == 2)], h)
-                 for seed, h in ((0, 0.1), (1, 0.2), (2, 0.6))] + [run(tmp_path / "other", "none", 0, [1.0, 1.5], 0.3)])
-    figure = plots.training_curves(pyplot, runs)
-    axis = panel(figure, "entropy (nats)")
-    mean, (band,) = axis.lines[0], axis.collections
-    half = T_2 * 1.0 / math.sqrt(3)  # of 1, 2, 3: standard deviation 1
-    assert mean.get_xydata().tolist() == [[1, 2], [2, 2]]
-    assert edges(band) == {1: pytest.approx((2 - half, 2 + half)), 2: pytest.approx((2, 2))}
-    assert axis.get_ylim()[0] == 0  # where the band goes below
-    (low, high) = panel(figure, "held-out Pass@1").collections[0].get_segments()[0][:, 1]
-    assert (low, high) == pytest.approx([0.3 + sign * T_2 * np.std([0.1, 0.2, 0.6], ddof=1) / math.sqrt(3)
-                                         for sign in (-1, 1)])
-    labels = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert labels == ["selection.strategy=scope: 3 seeds", str(tmp_path / "other")] and "over seeds" in words_of(figure)
-    assert len({line.get_color() for line in axis.lines}) == 2
-
-
-def test_a_run_without_config_stands_alone(tmp_path):
-    assert plots.by_seed(["a", "b"]) == {"a": ["a"], "b": ["b"]}
+def test_runs_are_read_without_what_was_not_finite(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "entropy": null, "loss": 2.0}\n')
+    assert plots.read_runs([str(tmp_path)]) == {str(tmp_path): [{"step": 1, "loss": 2.0}]}
+    with pytest.raises(UserError, match="nowhere: no metrics.jsonl"):
+        plots.read_runs(["nowhere"])
