@@ -2,14 +2,12 @@
 
     python -m analysis.tightness model=runs/a/model
 
-Tables go to the terminal, files to out=analyses/. `run=` takes a run's model and settings; one process, any device.
+A table goes to the terminal and to out=analyses/. `run=` takes a run's model and settings; one process, any device.
 """
 
-import json
 import math
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,11 +19,11 @@ import grpo
 import rollout
 import scope
 from analysis.one_step import Step, analysis_keys, draw_step, keys_of_an_analysis, settings_of
-from analysis.tightness_report import EDGES, IN_PLAY, KINDS, draw_tightness, tightness_tables, verdict, with_error
 from support import config as configs
-from support import distributed, help, plots
+from support import distributed, help
 from support.files import replace_text
 from support.models import hidden_states
+from support.tables import markdown_table
 
 KEYS = {
     "contexts": 150,  # of each kind
@@ -34,6 +32,7 @@ KEYS = {
     "cover": 0.99,  # tokens are forced until they hold this share of the probability ...
     "most": 8,  # ... or are this many
 }
+KINDS = ("selected", "positive, unselected", "forking")
 OTHERS, FORCED = -2, -3  # the `step` of draws that are none of training's, nor evaluation's
 
 
@@ -62,52 +61,34 @@ def likely_tokens(probs: Tensor, token: int, *, cover: float, most: int) -> list
     return ids if token in ids else [*ids, token]
 
 
-class Residual(NamedTuple):
-    """L and R of one token at one context, estimated, and the same estimates where nothing but noise couples them."""
-
-    L: float
-    R: float
-    RR: float  # product of R from two independent halves: its mean is R^2, without the noise's square
-    null_L: np.ndarray  # [draws]
-    null_R: np.ndarray
-
-
-def residual(p: np.ndarray, place: int, successes: np.ndarray, levels: np.ndarray, rng, draws: int = 100) -> Residual:
-    """L_v and R_v of token number `place` of the k tokens forced at a context.  Prop. 1 through scope.decompose
+def decompose_context(
+    p: np.ndarray, index: int, successes: np.ndarray, levels: np.ndarray, rng, draws: int = 100
+) -> np.ndarray:
+    """Estimate |R| and L of the token `index` of a context from what followed its k forced tokens.  -> [4]
 
     p [k] sums to 1; successes bool [k, M] of their continuations; levels [2]: E|A| of a failure, of a success.
-    Given its reward a completion's |A| does not depend on v, so alpha_v is linear in v's success rate.
-    The null draws give every token the context's own success rate: alpha_v = beta_v, and R_v = 0 but for noise.
+    Given its reward a completion's |A| does not depend on v, so alpha_v is linear in v's success rate; L and R
+    follow by Proposition 1, scope.decompose. The last two numbers are the null: the mean |R| and L when every token
+    has the context's own success rate. alpha_v = beta_v then, so that R_v is 0 but for the noise of M continuations.
     """
-    half = successes.shape[1] // 2
-    rates = [part.mean(axis=1) for part in (successes, successes[:, :half], successes[:, half:])]
-    null = rng.binomial(successes.shape[1], min(1.0, p @ rates[0]), size=(draws, len(p))) / successes.shape[1]
-    alpha = torch.from_numpy(levels[0] + (levels[1] - levels[0]) * np.concatenate([rates, null]))
+    rates = successes.mean(axis=1)
+    null = rng.binomial(successes.shape[1], min(1.0, p @ rates), size=(draws, len(p))) / successes.shape[1]
+    alpha = torch.from_numpy(levels[0] + (levels[1] - levels[0]) * np.concatenate([rates[None], null]))
     _, L, R = scope.decompose(torch.from_numpy(p).expand_as(alpha), alpha)
-    L, R = L[:, place].numpy(), R[:, place].numpy()
-    return Residual(L[0], R[0], R[1] * R[2], L[3:], R[3:])
+    L, R = L[:, index].numpy(), np.abs(R[:, index].numpy())
+    return np.array([R[0], L[0], R[1:].mean(), L[1:].mean()])
 
 
-def summarise(rows: list[Residual], weights: np.ndarray) -> dict[str, np.ndarray]:
-    """Estimates of n contexts under every row of weights [D, n] (row 0: all ones, then bootstrap).  -> name: [D]
+def tightness_ratio(contexts: np.ndarray, weights: np.ndarray) -> tuple[float, float, float, float]:
+    """Estimate sum |R| / sum L over n contexts: its value, its 95 % interval, and its value under the null.
 
-    A context whose L is 0 (no success seen, nor among the others) has no ratio and adds nothing to a sum.
+    contexts [n, 4] of decompose_context; weights [1 + D, n]: a row of ones, then D bootstrap draws.
     """
-    L, R, RR, null_L, null_R = (np.array(column) for column in zip(*rows))
-
-    def mean(top, bottom):  # over contexts, and over draws if there are any, of what has a ratio
-        ratios = np.divide(top, bottom, out=np.zeros_like(top), where=bottom > 0)
-        axes = tuple(range(1, top.ndim))
-        return (weights @ ratios.sum(axis=axes)) / (weights @ (bottom > 0).sum(axis=axes))
-
-    with np.errstate(invalid="ignore"):  # a bootstrap draw without any ratio is nan
-        return {
-            "mean": mean(np.abs(R), L),
-            "mean_floor": mean(np.abs(null_R), null_L),
-            "rms_corrected": np.sqrt(np.maximum(0, mean(RR, L**2))),
-            "sums": (weights @ np.abs(R)) / (weights @ L),
-            "sums_floor": ((weights @ np.abs(null_R)) / (weights @ null_L)).mean(axis=1),
-        }
+    sums = weights @ contexts
+    with np.errstate(invalid="ignore"):  # a draw without any L is nan
+        ratios, nulls = sums[:, 0] / sums[:, 1], sums[:, 2] / sums[:, 3]
+    low, high = np.nanquantile(ratios[1:], [0.025, 0.975])
+    return float(ratios[0]), float(low), float(high), float(nulls[0])
 
 
 def bootstrap_weights(problems: list[int], rng, draws: int = 1000) -> np.ndarray:
@@ -131,35 +112,24 @@ def main(arguments: list[str]) -> None:
     configs.require(not missing, f"the step has no token that is {missing}: raise group_size or prompts_per_step, or "
                                  "give a model that solves some problems and not others")
     places = sorted(set().union(*chosen.values()), key=lambda place: place[::-1])  # by position: a batch ends together
-    rows, left_out = zip(*measure(drawn, places, config, rng, world))
-    problems = [place[0] // config.group_size for place in places]
+    contexts, left_out = measure(drawn, places, config, rng, world)
     p = np.array([drawn.sampled.logprobs[place].exp().item() for place in places])
-    members = {kind: np.array([place in chosen[kind] for place in places]) for kind in KINDS}
-    in_play = members["forking"] & np.array([abs(row.R) > 1e-9 * row.L for row in rows])
-    members |= {IN_PLAY: in_play} if in_play.any() else {}
-    weights = bootstrap_weights(problems, rng)
-
-    def estimates(some: np.ndarray) -> dict[str, np.ndarray]:
-        return summarise([rows[i] for i in some.nonzero()[0]], weights[:, some])
-
-    by_kind = {kind: estimates(some) for kind, some in members.items()}
-    by_p = {(kind, low, high): (estimates(here), int(here.sum())) for kind, some in members.items()
-            for low, high in zip(EDGES, EDGES[1:]) if (here := some & (p > low) & (p <= high)).any()}
-    sentence = verdict(by_kind)
-    print(tightness_tables(by_kind, by_p, rows, members, p, left_out))
-    print(sentence)
+    weights = bootstrap_weights([place[0] // config.group_size for place in places], rng)
+    lines = []
+    for kind in KINDS:
+        some = np.array([place in chosen[kind] for place in places])
+        ratio, low, high, null = tightness_ratio(contexts[some], weights[:, some])
+        lines.append([kind, str(some.sum()), f"{p[some].mean():.3f}", f"{abs(1 - 2 * p[some]).mean():.3f}",
+                      f"{ratio:.3f}", f"{low:.3f} to {high:.3f}", f"{null:.3f}"])
+    text = markdown_table(["tokens", "contexts", "mean p", "mean abs(1-2p)", "sum abs(R) / sum L", "95 % interval",
+                           "null: noise alone"], lines)
+    text += (f"\nProblems are resampled for the intervals. Tokens that were not forced hold {left_out.mean():.4f} of "
+             f"the probability on average, {left_out.max():.4f} at most; p is renormalised over the others.\n")
+    print(text)
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    contexts = [{"row": row, "position": t, "problem": drawn.problems[problem], "p": p[i],
-                 "kinds": [kind for kind in members if members[kind][i]], "left_out": left_out[i],
-                 "L": rows[i].L, "R": rows[i].R, "R^2 unbiased": rows[i].RR}
-                for i, ((row, t), problem) in enumerate(zip(places, problems))]
-    summary = {kind: {name: with_error(values) for name, values in own.items()} for kind, own in by_kind.items()}
-    report = {"settings": keys, "kinds": summary, "verdict": sentence, "contexts": contexts}
-    replace_text(out / "tightness.json", json.dumps(report, indent=1) + "\n")
-    print(f"written: {out / 'tightness.json'}")
-    ratios = np.array([abs(row.R) / row.L if row.L > 0 else np.nan for row in rows])
-    print(plots.picture(out / "tightness.png", lambda plot: draw_tightness(plot, p, ratios, members, by_kind)))
+    replace_text(out / "tightness.md", text)
+    print(f"written: {out / 'tightness.md'}")
 
 
 def pick(mask: Tensor, count: int, rng) -> list[tuple[int, int]]:
@@ -168,8 +138,8 @@ def pick(mask: Tensor, count: int, rng) -> list[tuple[int, int]]:
     return [tuple(places[i]) for i in rng.permutation(len(places))[:count]]
 
 
-def measure(drawn: Step, places: list, config, rng, world) -> list[tuple[Residual, float]]:
-    """Forces tokens at each place (row, position) and follows them: its residual, and the probability left out."""
+def measure(drawn: Step, places: list, config, rng, world) -> tuple[np.ndarray, np.ndarray]:
+    """Force tokens at each of n places (row, position) and follow them.  -> [n, 4], and the probability left out [n]"""
     sampled = drawn.sampled
     table = advantage_table(config.group_size, eps=config.grpo.advantage_eps)
     before = [sampled.tokens[row, :t].tolist() for row, t in places]
@@ -186,13 +156,14 @@ def measure(drawn: Step, places: list, config, rng, world) -> list[tuple[Residua
 
     branches = [(row, [*ids, v]) for row, ids, tokens in zip(rows, before, forced) for v in tokens]
     successes = iter(follow(drawn, branches, config.continuations, FORCED, config, world))
-    found = []
+    contexts, left_out = [], []
     for i, row in enumerate(rows):
         p = probs[i][forced[i]].double().numpy()
-        own = np.stack([next(successes) for _ in forced[i]])
+        outcomes = np.stack([next(successes) for _ in forced[i]])
         mates = levels[row - row % config.group_size]
-        found.append((residual(p / p.sum(), forced[i].index(tokens[i]), own, mates, rng), max(0.0, 1 - float(p.sum()))))
-    return found
+        contexts.append(decompose_context(p / p.sum(), forced[i].index(tokens[i]), outcomes, mates, rng))
+        left_out.append(max(0.0, 1 - float(p.sum())))
+    return np.array(contexts), np.array(left_out)
 
 
 @torch.no_grad()

@@ -159,6 +159,8 @@ def training_curves(plot, runs: dict[str, list[dict]]):
     for axis, (title, key) in zip(axes.flat, CURVES.items()):
         for folder, rows in runs.items():
             rows = [row for row in rows if key in row]
+            if not rows:
+                continue
             steps, values = [row["step"] for row in rows], [row[key] for row in rows]
             errors = [1.96 * row.get(f"{key}_stderr", 0.0) for row in rows]
             if key.startswith("eval/"):

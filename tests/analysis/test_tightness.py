@@ -1,9 +1,7 @@
 """|R|/L: where it is known, what noise adds to it, how its tokens are forced and followed, and the command."""
 
 import itertools
-import json
 import math
-import re
 import statistics
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,9 +16,7 @@ import rollout
 import scope
 import step as steps
 from analysis import tightness
-from analysis import tightness_report as report
 from analysis.one_step import Step, analysis_keys, draw_step, settings_of
-from analysis.tightness import Residual
 from support import config as configs
 
 # ---------------------------------------------------------------- the estimate
@@ -43,134 +39,53 @@ def test_advantages_against_every_group_there_is():
             assert tightness.expected_advantage(rate, table)[r] == pytest.approx(expected, abs=1e-9)
 
 
-def table_of(successes: list[int], M: int) -> np.ndarray:
-    """Continuations of which so many succeed, in the same number in both halves."""
-    return np.array([[j % (M // 2) < s // 2 for j in range(M)] for s in successes])
-
-
-def test_residual_with_known_alpha_is_the_identity_of_appendix_a23():
+def test_with_known_alpha_it_is_the_identity_of_appendix_a23():
     p, levels, rng = np.array([0.55, 0.3, 0.1, 0.05]), np.array([0.4, 2.1]), np.random.default_rng(0)
-    successes = table_of([12, 4, 0, 16], 16)
+    successes = np.array([[j < count for j in range(16)] for count in (12, 4, 0, 16)])
     alpha = torch.from_numpy(levels[0] + (levels[1] - levels[0]) * np.array([0.75, 0.25, 0.0, 1.0]))
     ratios = scope.residual_ratio(torch.from_numpy(p), alpha)
     exact = scope.decompose(torch.from_numpy(p), alpha)
     for v in range(4):
-        found = tightness.residual(p, v, successes, levels, rng)
-        assert abs(found.R) / found.L == pytest.approx(ratios[v].item(), rel=1e-9)
-        assert (found.L, found.R) == pytest.approx((exact.L[v].item(), exact.R[v].item()), rel=1e-9)
-        assert found.RR == pytest.approx(found.R**2, rel=1e-9)  # both halves are the same here
-        assert found.null_L.shape == found.null_R.shape == (100,)
-        null = tightness.residual(p, v, successes, levels, rng, draws=3000)  # every token has the context's own rate
-        same = torch.full((4,), levels @ [1 - 0.5375, 0.5375])
-        assert null.null_L.mean() == pytest.approx(scope.decompose(torch.from_numpy(p), same).L[v].item(), rel=0.01)
+        R, L, _, _ = tightness.decompose_context(p, v, successes, levels, rng)
+        assert R / L == pytest.approx(ratios[v].item(), rel=1e-9)
+        assert (L, R) == pytest.approx((exact.L[v].item(), abs(exact.R[v].item())), rel=1e-9)
+        null = tightness.decompose_context(p, v, successes, levels, rng, draws=3000)[3]
+        same = torch.full((4,), levels @ [1 - 0.5375, 0.5375])  # every token has the context's own rate
+        assert null == pytest.approx(scope.decompose(torch.from_numpy(p), same).L[v].item(), rel=0.01)
 
 
 def simulate(rates, *, contexts, M=32):
     """Contexts with these success rates for three tokens, p = 0.7 / 0.2 / 0.1, of the first token."""
     rng, p, levels = np.random.default_rng(5), np.array([0.7, 0.2, 0.1]), np.array([0.3, 1.8])
-    return [tightness.residual(p, 0, rng.random((3, M)) < np.array(rates)[:, None], levels, rng)
-            for _ in range(contexts)]
+    return np.array([tightness.decompose_context(p, 0, rng.random((3, M)) < np.array(rates)[:, None], levels, rng)
+                     for _ in range(contexts)])
 
 
 def test_noise_is_told_from_coupling():
-    """Where alpha is equal |R| is all noise: the floor says so, and the corrected estimate is about 0."""
-    rows = simulate([0.3, 0.3, 0.3], contexts=400)
-    estimates = tightness.summarise(rows, np.ones((1, 400)))
-    assert estimates["mean"][0] == pytest.approx(estimates["mean_floor"][0], rel=0.1)
-    assert estimates["sums"][0] == pytest.approx(estimates["sums_floor"][0], rel=0.1)
-    products = np.array([row.RR for row in rows])
-    assert abs(products.mean()) < 4 * products.std() / 20
-
+    """Where alpha is equal |R| is all noise, and the null says so; where it is not, the ratio is the exact one."""
+    ones = np.ones((2, 400))
+    ratio, _, _, null = tightness.tightness_ratio(simulate([0.3, 0.3, 0.3], contexts=400), ones)
+    assert ratio == pytest.approx(null, rel=0.1)
     rates = torch.tensor([0.5, 0.1, 0.1], dtype=torch.float64)
     exact = scope.residual_ratio(torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64), 0.3 + 1.5 * rates)[0].item()
-    estimates = tightness.summarise(simulate(rates.numpy(), contexts=400), np.ones((1, 400)))
-    assert estimates["rms_corrected"][0] == pytest.approx(exact, rel=0.05)
-    assert estimates["mean"][0] == pytest.approx(exact, rel=0.1)
-    assert estimates["mean"][0] > 3 * estimates["mean_floor"][0]
+    ratio, _, _, null = tightness.tightness_ratio(simulate(rates.numpy(), contexts=400), ones)
+    assert ratio == pytest.approx(exact, rel=0.1) and ratio > 3 * null
 
 
-def made_up(L, R) -> Residual:
-    return Residual(L, R, R * R, np.full(10, L), np.full(10, 0.1 * R))
-
-
-def test_summary_by_hand():
-    """Weights count a context so often; a context without L has no ratio."""
-    rows = [made_up(1.0, -0.5), made_up(0.5, 0.1), made_up(0.0, 0.0)]
-    estimates = tightness.summarise(rows, np.array([[1, 1, 1], [2, 1, 0], [0, 0, 1]]))
-    assert estimates["mean"][:2] == pytest.approx([(0.5 + 0.2) / 2, (0.5 + 0.5 + 0.2) / 3])
-    assert estimates["mean_floor"][0] == pytest.approx(0.035)
-    assert estimates["sums"][:2] == pytest.approx([0.6 / 1.5, 1.1 / 2.5])
-    assert estimates["sums_floor"][:2] == pytest.approx([0.06 / 1.5, 0.11 / 2.5])
-    assert estimates["rms_corrected"][0] == pytest.approx(math.sqrt((0.25 + 0.04) / 2))
-    assert np.isnan(estimates["mean"][2])
-    assert report.with_error(np.array([3.0, 1.0, 2.0, np.nan])) == (3.0, 0.5)
+def test_ratio_and_its_interval_by_hand():
+    """Weights count a context so often; a draw without L counts for nothing."""
+    contexts = np.array([[0.5, 1.0, 0.05, 1.0], [0.1, 0.5, 0.01, 0.5], [0.0, 0.0, 0.0, 0.0]])
+    weights = np.array([[1, 1, 1], [2, 1, 0], [0, 0, 3], [0, 3, 0]])
+    ratio, low, high, null = tightness.tightness_ratio(contexts, weights)
+    assert (ratio, null) == pytest.approx((0.6 / 1.5, 0.06 / 1.5))
+    draws = [1.1 / 2.5, 0.2]
+    assert (low, high) == pytest.approx(tuple(np.quantile(draws, [0.025, 0.975])))
 
 
 def test_bootstrap_keeps_problems_together():
     weights = tightness.bootstrap_weights([4, 4, 9, 2], np.random.default_rng(0), draws=500)
     assert weights.shape == (501, 4) and (weights[0] == 1).all() and (weights[:, 0] == weights[:, 1]).all()
     assert (weights[1:, 1:].sum(axis=1) == 3).all() and weights[1:].mean() == pytest.approx(1, abs=0.1)
-
-
-# ---------------------------------------------------------------- the report
-
-
-@pytest.mark.parametrize("selected, forking, in_play, words", [
-    (0.1, 0.3, 0.4, "bears A.23 out"), (0.1, 0.1, 0.3, "does not bear A.23 out"), (0.4, 0.1, 0.3, "contradicts A.23"),
-    (0.2, 0.2, 0.2, "does not bear A.23 out"), (0.1, 0.3, None, "bears A.23 out"),
-    (0.2, 0.3, 0.1, "does not bear A.23 out")])
-def test_verdict_falls_as_the_numbers_do(selected, forking, in_play, words):
-    rng, sizes = np.random.default_rng(0), (selected, 0.7, forking, in_play)
-    kinds = {}
-    for kind, size in zip((*report.KINDS, report.IN_PLAY), sizes):
-        if size is not None:
-            rows = [made_up(1.0, size + 0.05 * rng.standard_normal()) for _ in range(30)]
-            kinds[kind] = tightness.summarise(rows, tightness.bootstrap_weights(range(30), rng))
-    told = report.verdict(kinds)
-    assert f", which {words}; at unselected" in told
-    relation = {-1: "smaller than", 0: "not measurably different from", 1: "larger than"}[np.sign(selected - forking)]
-    assert f"{relation} {kinds['forking']['mean'][0]:.3f} (" in told
-    assert told.count("[difference") == 2 - (in_play is None)
-
-
-def test_tables_by_hand():
-    """Four contexts: one without L, one whose tokens fared the same, two with a ratio of 0.5 and of 0.2."""
-    rows = [made_up(1.0, -0.5), made_up(0.5, 0.1), made_up(0.0, 0.0), made_up(2.0, 0.0)]
-    p, every = np.array([0.2, 0.95, 0.5, 0.25]), np.array([True] * 4)
-    estimates = tightness.summarise(rows, np.ones((3, 4)))
-    few = tightness.summarise(rows[:1], np.ones((3, 1)))
-    first = np.array([True, False, False, False])
-    told = report.tightness_tables({"all of them": estimates, "one": few}, {("one", 0.1, 0.3): (few, 1)}, rows,
-                                   {"all of them": every, "one": first}, p, [0.0, 0.01, 0.03, 0.0])
-    head, line, one, _, bins, *lines = told.splitlines()
-    assert re.split("  +", line.strip()) == [
-        "all of them", "4", "1", "1", "0.475", "0.500",
-        "0.233 ±0.000 (0.023)", f"{math.sqrt(0.29 / 3):.3f} ±0.000", "0.171 ±0.000 (0.017)"]
-    assert re.split("  +", one.strip())[:6] == ["one", "1", "0", "0", "0.200", "0.600"]
-    assert re.split("  +", lines[1].strip()) == ["0.1 - 0.3", "-", "0.500 ±0.000 (0.050) n=1"]
-    assert re.split("  +", lines[4].strip()) == ["0.9 - 1", "-", "-"]
-    assert "mean 0.0100, largest 0.0300" in told
-
-
-def test_picture():
-    """A point a context for the three kinds, three bars a kind, and the noise alone as a dashed line on two of them."""
-    matplotlib = pytest.importorskip("matplotlib")
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows, p = [made_up(1.0, -0.5), made_up(0.5, 0.1)], np.array([0.2, 0.9])
-    members = {kind: np.array([i > 0, True]) for i, kind in enumerate((*report.KINDS, report.IN_PLAY))}
-    by_kind = {kind: tightness.summarise([rows[0], rows[1]], np.ones((3, 2))) for kind in members}
-    figure = report.draw_tightness(pyplot, p, np.array([0.5, 0.2]), members, by_kind)
-    left, right = figure.axes
-    assert np.allclose(left.lines[0].get_xydata(), [[0.9, 0.2]])
-    assert np.allclose(left.lines[2].get_xydata(), [[0.2, 0.5], [0.9, 0.2]])
-    assert len(left.lines) == 4 and np.allclose(left.lines[3].get_ydata()[[0, 100, 200]], [0.5, 0, 0.5])
-    heights = [by_kind["forking"][name][0] for name in ("mean", "rms_corrected", "sums")]
-    assert [bar.get_height() for bar in right.patches] == pytest.approx(heights * 4)
-    dashed = [line.get_ydata()[0] for line in right.lines if line.get_linestyle() == "--"]
-    assert dashed == pytest.approx([by_kind["forking"][f"{name}_floor"][0] for name in ("mean", "sums")] * 4)
-    pyplot.close(figure)
 
 
 # ---------------------------------------------------------------- forced tokens
@@ -266,7 +181,7 @@ def test_measure_against_a_bandit(followed, monkeypatch):
     assert tightness.OTHERS != tightness.FORCED and max(tightness.OTHERS, tightness.FORCED) < -1
     assert problems == [(row, []) for row in dict.fromkeys(row - row % 2 for row, _ in places)]
     table = tightness.advantage_table(2, eps=1e-4)
-    for (row, t), (residual, left_out) in zip(places, measured):
+    for (row, t), (R, L, _, _), left_out in zip(places, *measured):
         begun = drawn.sampled.tokens[row, :t].tolist()
         probs = tightness.next_token_probs(drawn.run.policy, [drawn.sampled.prompts[row] + begun], temperature=0.9,
                                            batch_size=1, world=ALONE)[0]
@@ -279,7 +194,7 @@ def test_measure_against_a_bandit(followed, monkeypatch):
         p = probs[ids].double()
         assert left_out == pytest.approx(1 - p.sum().item(), abs=1e-6)
         exact = scope.residual_ratio(p / p.sum(), alpha)[ids.index(token)].item()
-        assert abs(residual.R) / residual.L == pytest.approx(exact, rel=1e-4, abs=1e-6)
+        assert R / L == pytest.approx(exact, rel=1e-4, abs=1e-6)
     assert not branches
 
 
@@ -287,55 +202,40 @@ def test_measure_against_a_bandit(followed, monkeypatch):
 
 
 def test_command(in_tmp, small, capsys, monkeypatch):
+    """The table's numbers again, from what was measured at the tokens of the step."""
     arguments = [*small, "contexts=12", "continuations=3", "others=6", "cover=0.2", "most=3", "temperature=0.3"]
-    edges, bootstraps = (0.0, 0.007, 0.012, 0.02, 1.0), []  # an untrained model's p are small
-    for module in (tightness, report):
-        monkeypatch.setattr(module, "EDGES", edges)
-    monkeypatch.setattr(tightness, "bootstrap_weights", lambda problems, rng, draw=tightness.bootstrap_weights:
-                        bootstraps.append((problems, draw(problems, rng))) or bootstraps[-1][1])
-    tightness.main(arguments)
-    told = capsys.readouterr().out
-    for words in (*report.KINDS, "mean |R|/L at p_v", "A.23 says", "tightness.json"):
-        assert words in told
-    written = json.loads(Path("analyses/tightness.json").read_text())
-    assert written["verdict"] in told and written["settings"]["contexts"] == 12
-    assert 12 <= len(written["contexts"]) <= 36 and set(written["kinds"]) >= set(report.KINDS)
-    for context in written["contexts"]:
-        assert 0 < context["p"] < 1 and context["L"] >= 0 and 0 <= context["left_out"] < 1 and context["kinds"]
-        assert not data.is_heldout(**context["problem"])
-    assert Path("analyses/tightness.png").stat().st_size > 10_000
+    calls, picks = [], []
 
-    config = settings_of(analysis_keys(arguments, tightness.KEYS, {}))
-    drawn = draw_step(config, ALONE)  # the same draws once more
+    def record(*arguments, measure=tightness.measure):
+        calls.append((arguments[1], *measure(*arguments)))
+        return calls[0][1:]
+
+    def record_pick(*arguments, pick=tightness.pick):
+        picks.append(pick(*arguments))
+        return picks[-1]
+
+    monkeypatch.setattr(tightness, "pick", record_pick)
+    monkeypatch.setattr(tightness, "measure", record)
+    tightness.main(arguments)
+    printed = capsys.readouterr().out
+    ((places, contexts, left_out),) = calls
+    assert Path("analyses/tightness.md").read_text() in printed and f"{left_out.max():.4f} at most" in printed
+    drawn = draw_step(settings_of(analysis_keys(arguments, tightness.KEYS, {})), ALONE)  # the same draws once more
     positive = drawn.sampled.mask & (drawn.advantages[:, None] > 0)
-    kinds = dict(zip(report.KINDS, (drawn.selected, positive & ~drawn.selected, drawn.forking)))
-    for context in written["contexts"]:
-        place = context["row"], context["position"]
-        assert context["problem"] == drawn.problems[context["row"] // 4]
-        assert context["p"] == pytest.approx(drawn.sampled.logprobs[place].exp().item())
-        assert all(kinds[kind][place] for kind in context["kinds"] if kind in kinds)
-        assert not {"selected", "positive, unselected"} <= set(context["kinds"])
-        in_play = "forking" in context["kinds"] and abs(context["R"]) > 1e-9 * context["L"]
-        assert in_play == (report.IN_PLAY in context["kinds"])
-    ((problems, weights),) = bootstraps
-    assert problems == [context["row"] // 4 for context in written["contexts"]]
-    bins = [line for line in told.splitlines() if re.match(r" *0[.\d]* - ", line)]
-    for kind, estimates in written["kinds"].items():
-        own = [context for context in written["contexts"] if kind in context["kinds"]]
-        assert len(own) == min(12, int(kinds[kind].sum())) if kind in kinds else 0 < len(own) < 12
-        ratios = [abs(context["R"]) / context["L"] for context in own if context["L"] > 0]
-        assert estimates["mean"][0] == pytest.approx(np.mean(ratios))
-        columns = [i for i, context in enumerate(written["contexts"]) if context in own and context["L"] > 0]
-        with np.errstate(invalid="ignore"):
-            means = weights[1:, columns] @ ratios / weights[1:, columns].sum(axis=1)
-        assert estimates["mean"][1] == pytest.approx(np.nanstd(means))
-        assert estimates["rms_corrected"][0] ** 2 == pytest.approx(max(0, np.mean(
-            [context["R^2 unbiased"] / context["L"] ** 2 for context in own if context["L"] > 0])))
-    for low, high, line in zip(edges[:-1], edges[1:], bins, strict=True):
-        inside = [context["kinds"] for context in written["contexts"] if low < context["p"] <= high]
-        numbers = [sum(kind in kinds for kinds in inside) for kind in written["kinds"]]
-        assert [int(n) for n in re.findall(r"n=(\d+)", line)] == [number for number in numbers if number], line
-        assert inside
+    kinds = dict(zip(tightness.KINDS, (drawn.selected, positive & ~drawn.selected, drawn.forking)))
+    text = Path("analyses/tightness.md").read_text()
+    lines = [line.strip("| ").split(" | ") for line in text.splitlines()[2:5]]
+    assert [line[0] for line in lines] == list(kinds)
+    for mask, chosen, line in zip(kinds.values(), picks, lines):
+        assert all(mask[place] for place in chosen) and len(set(chosen)) == len(chosen) == min(12, int(mask.sum()))
+        some = [places.index(place) for place in chosen]
+        p = torch.stack([drawn.sampled.logprobs[place].exp() for place in chosen])
+        R, L, null_R, null_L = contexts[some].sum(axis=0)
+        low, high = map(float, line[5].split(" to "))
+        assert [float(number) for number in line[1:5]] == pytest.approx(
+            [len(chosen), p.mean().item(), (1 - 2 * p).abs().mean().item(), R / L], abs=0.0006)
+        assert float(line[6]) == pytest.approx(null_R / null_L, abs=0.0006)
+        assert low <= R / L + 0.001 and R / L - 0.001 <= high
 
 
 def test_needs_successes(in_tmp, small, monkeypatch):
