@@ -1,8 +1,8 @@
-"""Problems: the Countdown generator, problems from a file or the hub, their prompts and grades, and what is held out.
+"""Problems: the Countdown generator, files and data sets, prompts, and what is held out.
 
-A problem is a dict. Countdown: {"numbers": [3, 5, 7, 2], "target": 24}, "use each number once to reach the target",
-answered by a chain of steps: `3*5=15, 15+7=22, 22+2=24`. Mathematics: {"problem": text, "answer": final answer,
-"level": int or None, "subject": text}, answered by a text that holds the answer in \\boxed{}.
+A problem is a dict. Countdown: {"numbers": [3, 5, 7, 2], "target": 24}, "use each number once to
+reach the target", answered by a chain of steps: `3*5=15, 15+7=22, 22+2=24`. Mathematics:
+{"problem": text, "answer": final answer}, answered by a text with the answer in \\boxed{}.
 """
 
 import json
@@ -10,42 +10,56 @@ import math
 import random
 import re
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
-from grading import GRADERS, READ_TEXT, answer_key, extract_answer, gold_answer
-from rewards import solves_countdown
+from grading import gold_answer
 from support import models
-from support.config import UserError, listed, print_notes, require
-from support.files import file_name, replace_text
-from support.rows import read_rows
+from support.config import UserError, require, split_list
+from support.distributed import note
+
+# Names for `data` and `evaluation.data`, and where the problems are on the hub.
+BENCHMARKS = {
+    "gsm8k": "openai/gsm8k:main@test",  # 1,319 problems
+    "math500": "HuggingFaceH4/MATH-500@test",  # 500
+    "amc": "AI-MO/aimo-validation-amc@train",  # 83, of 2022 and 2023
+    "aime24": "HuggingFaceH4/aime_2024@train",  # 30
+    "aime25": "math-ai/aime25@test",  # 30
+}
+
+# ---------------------------------------------------------------- Countdown
 
 
 def is_heldout(numbers: list[int], target: int) -> bool:
-    """True for the tenth of all Countdown problems that is kept for evaluation.
+    """Return whether a Countdown problem is in the tenth that is kept for evaluation.
 
-    A pure function of the problem, whatever the order of its numbers: nothing that draws with
-    `heldout=False` (warm start, training) can ever meet a held-out problem.
+    This depends on nothing but the problem, whatever the order of its numbers. So what draws with
+    heldout=False (warm start, training) can never meet a held-out problem.
     """
     key = f"{sorted(numbers)} -> {target}"
     return zlib.crc32(key.encode()) % 10 == 0
 
 
 def random_chain(rng: random.Random, *, numbers: int, largest: int, limit: int) -> tuple[dict, str]:
-    """A Countdown problem made backwards: random steps on random numbers, the target is what they reach.
+    """Make a Countdown problem backwards: the target is what random steps reach.
 
-    `numbers` operands from 1 to `largest`; every value stays a whole number from 0 to `limit`.
-    Returns the problem and the chain that solves it.
+    The steps are random operations on random numbers: `numbers` operands from 1 to `largest`; every
+    intermediate result is a whole number from 0 to `limit`. Returns the problem and the chain that
+    solves it.
     """
     given = [rng.randint(1, largest) for _ in range(numbers)]
-    left, steps = list(given), []
+    left = list(given)
+    steps = []
     while len(left) > 1:
-        a, b = (left.pop(rng.randrange(len(left))) for _ in range(2))
+        a = left.pop(rng.randrange(len(left)))
+        b = left.pop(rng.randrange(len(left)))
         results = {"+": a + b, "*": a * b, "-": a - b}
         if b and a % b == 0:
             results["/"] = a // b
         results = {op: value for op, value in results.items() if 0 <= value <= limit}
-        if not results:  # only when a < b and a + b > limit: the other way round b - a is always allowed
-            a, b, results = b, a, {"-": b - a}
+        if not results:  # only if a < b and a + b > limit; b - a is always allowed
+            a, b = b, a
+            results = {"-": a - b}
         op = rng.choice(sorted(results))
         left.append(results[op])
         steps.append(f"{a}{op}{b}={results[op]}")
@@ -53,239 +67,298 @@ def random_chain(rng: random.Random, *, numbers: int, largest: int, limit: int) 
 
 
 def countdown(count: int, *, heldout: bool, numbers: int, largest: int, limit: int) -> list[dict]:
-    """`count` different Countdown problems from one side of the held-out split, always the same ones."""
+    """Generate `count` different Countdown problems from one side of the split.
+
+    The same arguments give the same problems.
+    """
     rng = random.Random(f"countdown {heldout}")
     problems: dict[str, dict] = {}
-    most = math.comb(largest + numbers - 1, numbers) * (limit + 1)  # numbers in any order, and a target
-    for _ in range(min(100 * count, 2_000_000) if count <= most else 0):  # half a minute
+    # numbers in any order, and a target
+    possible = math.comb(largest + numbers - 1, numbers) * (limit + 1)
+    attempts = min(100 * count, 2_000_000) if count <= possible else 0
+    for _ in range(attempts):
         problem, _ = random_chain(rng, numbers=numbers, largest=largest, limit=limit)
         if is_heldout(**problem) == heldout:
             problems.setdefault(f"{sorted(problem['numbers'])} {problem['target']}", problem)
         if len(problems) == count:
             return list(problems.values())
-    raise UserError(f"countdown: fewer than {count} different problems were found at numbers={numbers}, "
-                    f"largest={largest}, limit={limit}: ask for fewer, or enlarge one of these")
+    raise UserError(
+        f"countdown: there are fewer than {count} different problems with numbers={numbers}, "
+        f"largest={largest}, limit={limit}: ask for fewer, or raise one of these"
+    )
 
 
-def benchmarks(folder: Path, countdown_keys: dict) -> list[str]:
-    """Files of held-out problems, made in `folder`: of training's kind, of others, and more of training's kind."""
-    files = []
-    kinds = {"4-numbers": (100, {}), "3-numbers": (64, {"numbers": 3}), "5-numbers": (64, {"numbers": 5}),
-             "larger": (64, {"largest": 50}), "validation": (164, {})}
-    for name, (count, changes) in kinds.items():
-        problems = countdown(count, heldout=True, **countdown_keys | changes)
-        rows = problems[100:] if name == "validation" else problems  # those after 4-numbers' own
-        folder.mkdir(parents=True, exist_ok=True)
-        files.append(folder / f"{name}.jsonl")
-        replace_text(files[-1], "".join(json.dumps(row) + "\n" for row in rows))
-    return [str(file) for file in files]
+# ---------------------------------------------------------------- files and data sets
 
 
-# ---------------------------------------------------------------- files
+def read_problems(
+    source: str, *, problem_field: str = "auto", answer_field: str = "auto"
+) -> list[dict]:
+    """Read the problems of a file or data set.
 
-
-def read_problems(source: str, *, problem_field: str = "auto", answer_field: str = "auto") -> tuple[list, list[str]]:
-    """The problems of a file or hub data set, and the places of the rows that hold no usable gold answer, left out.
-
-    Countdown rows have "numbers" and "target". Rows with mathematics have the fields of GSM8K, MATH and their kin:
-    see `math_problem`. Raises UserError, naming file and line, for a row that is neither.
+    Rows without a usable gold answer are left out with a note. Countdown rows have "numbers" and
+    "target"; rows with mathematics have the fields of GSM8K, MATH and similar sets, see
+    `math_problem`. Raises UserError, with file and line, for a row that is neither.
     """
-    problems, unusable = [], []
-    for place, row in read_rows(source):
+    problems = []
+    without_answer = []
+    for place, row in read_rows(BENCHMARKS.get(source, source)):
         try:
             if not isinstance(row, dict):
-                raise ValueError("the row is no JSON object")
-            problem = countdown_problem(row) if "numbers" in row else math_problem(row, problem_field, answer_field)
+                raise ValueError("it is not a JSON object")
+            if "numbers" in row:
+                problem = countdown_problem(row)
+            else:
+                problem = math_problem(row, problem_field, answer_field)
             if problems and problem.keys() != problems[0].keys():
-                raise ValueError("Countdown and mathematics do not go into one file")
+                raise ValueError("Countdown and mathematics cannot be in one file")
         except ValueError as error:
-            raise UserError(f"data: {source}, {place} is no problem: {error}") from None
+            raise UserError(f"{source}, {place} is not a problem: {error}") from None
         if problem.get("answer") == "":
-            unusable.append(place)
+            without_answer.append(place)
         else:
             problems.append(problem)
-    if not problems:
-        mend = f" that has a gold answer (data.answer_field={answer_field})" if unusable else ""
-        raise UserError(f"data: {source} holds no problem: give a file with at least one row{mend}")
-    return problems, unusable
+    require(
+        bool(problems),
+        f"{source} has no problem with a gold answer (answer_field={answer_field}): give a file "
+        "with at least one",
+    )
+    if without_answer:
+        note(
+            f"{len(without_answer)} rows of {source} have no usable gold answer and are left out: "
+            f"{', '.join(without_answer[:10])}"
+        )
+    return problems
+
+
+def read_rows(source: str) -> Iterator[tuple[str, object]]:
+    """Yield (place, row) of a local .jsonl file, or of what `datasets` loads.
+
+    The place is for error messages.
+    """
+    if not source.endswith(".jsonl"):
+        for number, row in enumerate(load_dataset(source), start=1):
+            yield f"row {number}", row
+        return
+    try:
+        # -sig: some editors write a mark in front
+        lines = Path(source).read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{source} cannot be read: {error}") from None
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                yield f"line {number}", json.loads(line)
+            except (ValueError, RecursionError):
+                raise UserError(
+                    f"{source}, line {number} is not JSON: give one JSON object a line"
+                ) from None
+
+
+def load_dataset(source: str):
+    """Load a local .json, .csv or .parquet file, or a data set from the hub.
+
+    The hub's are written owner/name@split or owner/name:config@split.
+    """
+    builder = Path(source).suffix.removeprefix(".")
+    hub = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?@([\w.-]+)", source)
+    is_file = builder in ("json", "csv", "parquet") and Path(source).is_file()
+    require(
+        is_file or hub is not None,
+        f"{source}: there is no such file; give a .jsonl, .json, .csv or .parquet file, "
+        "or a data set on the hub as owner/name@split or owner/name:config@split",
+    )
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(f"{source}: pip install datasets, or give a local .jsonl file") from None
+    try:
+        if is_file:
+            return datasets.load_dataset(builder, data_files=source, split="train")
+        return datasets.load_dataset(hub[1], hub[2], split=hub[3])
+    except Exception as error:  # the library, the hub's client and the network raise what they like
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(
+            f"{source} cannot be loaded ({reason}): check the name and the network"
+        ) from None
 
 
 def countdown_problem(row: dict) -> dict:
-    numbers, target = row.get("numbers"), row.get("target")
-    # type(), for True is an int to isinstance
-    if not (isinstance(numbers, list) and numbers and {type(x) for x in [*numbers, target]} == {int}):
+    numbers = row.get("numbers")
+    target = row.get("target")
+    # type() and not isinstance(): True is an int
+    if not (
+        isinstance(numbers, list) and numbers and {type(x) for x in [*numbers, target]} == {int}
+    ):
         raise ValueError('it needs "numbers": [whole numbers] and "target": a whole number')
     return {"numbers": numbers, "target": target}
 
 
 def math_problem(row: dict, problem_field: str, answer_field: str) -> dict:
-    """A row as its owner published it, as a problem; its answer is "" where it has no usable one.
+    """Turn a row as its authors published it into a problem.
 
-    auto: the text is in problem, question or prompt; the answer in answer, or else in solution. A level may be
-    5 or "Level 5", and a subject may be called type.
+    Its answer is "" if the row has no usable one. auto: the text is in problem, question or prompt;
+    the answer in answer, or else in solution.
     """
     row = {str(key).lower(): value for key, value in row.items()}
-    names = ["problem", "question", "prompt"] if problem_field == "auto" else [problem_field.lower()]
+    names = ["problem", "question", "prompt"]
+    if problem_field != "auto":
+        names = [problem_field.lower()]
     field = next((name for name in names if name in row), None)
     if field is None:
-        raise ValueError(f'it has no "{names[0]}"; its fields are {", ".join(row) or "none"}: name the one to read '
-                         "with data.problem_field=")
+        raise ValueError(
+            f'it has no "{names[0]}", its fields are {", ".join(row) or "none"}: '
+            "give problem_field="
+        )
     text = row[field]
-    if not isinstance(text, str) or not text.strip() or re.search("[\ud800-\udfff]", text):  # half a character
+    # a lone surrogate is half a character and cannot be tokenized
+    if not isinstance(text, str) or not text.strip() or re.search("[\ud800-\udfff]", text):
         raise ValueError(f'"{field}" must be text, not {json.dumps(text)[:40]}')
-    for name in ["answer", "solution"] if answer_field == "auto" else [answer_field.lower()]:
-        answer = gold_answer(row.get(name), name)
-        if answer:
-            break
-    level = re.search(r"\d+", str(row.get("level", "")))
-    subject = row.get("subject") or row.get("type") or ""
-    return {"problem": text.strip(), "answer": answer, "level": level and int(level[0]), "subject": str(subject)}
+    answer_names = ["answer", "solution"]
+    if answer_field != "auto":
+        answer_names = [answer_field.lower()]
+    answer = ""
+    for name in answer_names:
+        answer = answer or gold_answer(row.get(name), name)
+    return {"problem": text.strip(), "answer": answer}
 
 
-def matches(problem: dict, conditions: str) -> bool:
-    """Whether a problem meets a data.filter such as "level=3-5; subject=Algebra,Geometry"."""
-    for condition in filter(str.strip, conditions.split(";")):
-        field, equals, values = (part.strip() for part in condition.partition("="))
-        require(bool(equals and values) and field in ("level", "subject"),
-                f'data.filter={conditions}: give level or subject, as in "level=3-5; subject=Algebra,Geometry"')
-        value = problem.get(field)
-        if field == "subject":
-            fits = str(value).lower() in [word.strip().lower() for word in values.split(",")]
-        else:
-            ranges = [re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", word) for word in values.split(",")]
-            require(all(ranges), f"data.filter={conditions}: give levels as numbers, level=3 or level=1,2 or level=3-5")
-            bounds = [(int(part[1]), int(part[2] or part[1])) for part in ranges]
-            fits = value is not None and any(low <= value <= high for low, high in bounds)
-        if not fits:
-            return False
-    return True
+# ---------------------------------------------------------------- prompts
 
 
-# ---------------------------------------------------------------- prompts and grades
-
-
-def fill(template: str, problem: dict) -> str:
-    """The template with the problem's fields in place of their names in braces; other braces stand as they are."""
+def format_prompt(template: str, problem: dict) -> str:
+    """Replace the names in braces by the problem's fields; other braces stay as they are."""
     if "numbers" in problem:
         numbers = " ".join(map(str, problem["numbers"]))
         return template.replace("{numbers}", numbers).replace("{target}", str(problem["target"]))
     return template.replace("{problem}", problem["problem"])
 
 
-def render(problem: dict, prompt, *, chat: bool) -> str:
-    """What the model is asked: the user's turn if the tokenizer has a chat template, else the whole prompt."""
-    if "numbers" in problem:
-        return fill(prompt.countdown, problem)
-    return fill(prompt.math if chat else prompt.plain, problem)
-
-
 def prompt_ids(tokenizer, problems: list[dict], prompt) -> list[list[int]]:
-    """Token ids of the problems' prompts: the same in training, evaluation and analysis."""
-    texts = [render(problem, prompt, chat=tokenizer.chat_template is not None) for problem in problems]
+    """Return the token ids of the problems' prompts; `prompt` is config.prompt.
+
+    They are the same in training and in evaluation.
+    """
+    texts = []
+    for problem in problems:
+        if "numbers" in problem:
+            template = prompt.countdown
+        elif tokenizer.chat_template is not None:
+            template = prompt.math
+        else:
+            template = prompt.plain
+        texts.append(format_prompt(template, problem))
     return models.encode_prompts(tokenizer, texts, system=prompt.system)
 
 
 def drop_long_prompts(problems: list[dict], tokenizer, context: int, config) -> list[dict]:
-    """The problems whose prompt and completion fit the model's context; a note on the others."""
+    """Leave out problems whose prompt and completion do not fit the model's context."""
     lengths = [len(ids) for ids in prompt_ids(tokenizer, problems, config.prompt)]
-    kept = [problem for problem, length in zip(problems, lengths) if length + config.max_new_tokens <= context]
-    message = (f"max_new_tokens={config.max_new_tokens}: with prompts of up to {max(lengths)} tokens {len(kept)} of "
-               f"{len(problems)} problems fit the model's context of {context}")
-    require(len(kept) >= config.prompts_per_step, f"{message}; lower it or shorten the prompt")
-    print_notes([f"{message}; the others are left out of training"] * (len(kept) < len(problems)))
-    return kept
+    fitting = [
+        problem
+        for problem, length in zip(problems, lengths)
+        if length + config.max_new_tokens <= context
+    ]
+    message = (
+        f"max_new_tokens={config.max_new_tokens}: with prompts of up to {max(lengths)} tokens "
+        f"{len(fitting)} of {len(problems)} problems fit the model's context of {context}"
+    )
+    require(len(fitting) >= config.prompts_per_step, f"{message}: lower it or shorten the prompt")
+    if len(fitting) < len(problems):
+        note(f"{message}; the others are left out of training")
+    return fitting
 
 
-def is_correct(problem: dict, text: str, grader: str) -> bool:
-    """The verifiable reward's verdict on a completion: for mathematics on its last \\boxed{}, and on nothing else but
-    where the grader itself looks for the answer."""
-    if "numbers" in problem:
-        return solves_countdown(text, problem["numbers"], problem["target"])
-    answer = text if grader in READ_TEXT else extract_answer(text)
-    return answer is not None and GRADERS[grader](answer, problem["answer"])
+# ---------------------------------------------------------------- training and held-out problems
 
 
-def answer_of(problem: dict, text: str, grader: str) -> str:
-    """What two completions must share to be one answer: the chain whatever its spaces, the final answer's value."""
-    if "numbers" in problem:
-        return "".join(text.split())
-    answer = extract_answer(text)
-    return answer_key(answer) if answer is not None else text * (grader in READ_TEXT)
+def load_problems(config) -> tuple[list[dict], dict[str, list[dict]]]:
+    """Return the problems to train on, and the held-out problems by file; none is in both.
 
-
-# ---------------------------------------------------------------- what is trained on, and what is held out
-
-
-def is_validation(problem: dict, share: float) -> bool:
-    """True for that share of all problems; a pure function of the problem's text, whatever the file and its order."""
-    return zlib.crc32(problem["problem"].encode()) < share * 2**32
-
-
-def problems_of(config, name: str) -> tuple[list[dict], list[str]]:
-    """The problems of a file, hub data set or benchmark, and a note on the rows left out."""
-    problems, out = read_problems(vars(config.benchmarks).get(name, name), problem_field=config.data.problem_field,
-                                  answer_field=config.data.answer_field)
-    named = ", ".join(out[:10]) + (", ..." if len(out) > 10 else "")
-    return problems, [f"{len(out)} rows of {name} have no usable gold answer and are left out: {named}"] if out else []
-
-
-def problem_sets(config) -> tuple[list[dict], dict[str, list[dict]], list[str]]:
-    """What a run trains on, what it evaluates on by file, which never overlap, and a note on rows that were left out.
-
-    evaluation.data=auto: for a file of mathematics its data.validation share, else Countdown problems
-    from the held-out side of the split.
+    evaluation.data=auto holds out the share validation_fraction of a mathematics file, and for
+    Countdown generates problems from the held-out side of the split.
     """
-    file, notes = config.data.file, []
-    files = {name: [] for name in listed(config.evaluation.data)}
-    require(len({file_name(name) for name in files}) == len(files),
-            f"evaluation.data={config.evaluation.data}: two of them would be called the same in runs/: rename one")
-    for name in files.keys() - {"auto"}:
-        files[name], more = problems_of(config, name)
-        notes += more
-    if file == "countdown":
+    names = split_list(config.evaluation.data)
+    fields = {"problem_field": config.problem_field, "answer_field": config.answer_field}
+    heldout: dict[str, list[dict]] = {}
+    for name in names:
+        heldout[name] = []
+        if name != "auto":
+            heldout[name] = read_problems(name, **fields)
+    if config.data == "countdown":
         problems = countdown(config.countdown_problems, heldout=False, **vars(config.countdown))
     else:
-        problems, more = problems_of(config, file)
-        notes += more
-        problems, out = partition(problems, lambda problem: matches(problem, config.data.filter))
-        notes += note_on(out, problems, file, f"do not fit data.filter={config.data.filter}")
-        require(bool(problems), f"data.filter={config.data.filter} leaves no problem of {file}: its levels are "
-                                f"{values_of(out, 'level')}, its subjects {values_of(out, 'subject')}")
-        seen = {identity(problem) for own in files.values() for problem in own}
-        problems, out = partition(problems, lambda problem: identity(problem) not in seen)
-        notes += note_on(out, problems, file, "are in evaluation.data too")
-        if "auto" in files and "numbers" in problems[0]:
-            problems, out = partition(problems, lambda problem: not is_heldout(**problem))
-            notes += note_on(out, problems, file, "are on the side that evaluation.data=auto is drawn from")
-        elif "auto" in files:
-            problems, files["auto"] = partition(problems,
-                                                lambda problem: not is_validation(problem, config.data.validation))
-            reason = f"are the share data.validation={config.data.validation}, kept for evaluation.data=auto"
-            notes += note_on(files["auto"], problems, file, reason)
-            require(bool(files["auto"]), f"data.validation={config.data.validation} of {file} is no problem at all: "
-                                         "raise it, or give evaluation.data=FILE")
-    if not files.get("auto", True):
-        files["auto"] = countdown(config.evaluation.problems, heldout=True, **vars(config.countdown))
-    return problems, {name: own[: config.evaluation.problems] for name, own in files.items()}, notes
+        problems = read_problems(config.data, **fields)
+        evaluated = {problem_key(problem) for file in heldout.values() for problem in file}
+        problems, _ = hold_out(
+            problems,
+            lambda problem: problem_key(problem) in evaluated,
+            config.data,
+            "are in evaluation.data too: left out of training",
+        )
+        if "auto" in names and "numbers" in problems[0]:
+            problems, _ = hold_out(
+                problems,
+                lambda problem: is_heldout(**problem),
+                config.data,
+                "are on the side of evaluation.data=auto: left out of training",
+            )
+        elif "auto" in names:
+            fraction = config.validation_fraction
+            problems, heldout["auto"] = hold_out(
+                problems,
+                lambda problem: is_validation(problem, fraction),
+                config.data,
+                f"are held out by validation_fraction={fraction}",
+            )
+            require(
+                bool(heldout["auto"]),
+                f"validation_fraction={fraction} of {config.data} is no problem at all: raise "
+                "it, or give evaluation.data=FILE",
+            )
+    if heldout.get("auto") == []:
+        heldout["auto"] = countdown(
+            config.evaluation.problems, heldout=True, **vars(config.countdown)
+        )
+    require(
+        len(problems) >= config.prompts_per_step,
+        f"prompts_per_step={config.prompts_per_step}: there are only "
+        f"{len(problems)} problems to train on: lower it, or give more",
+    )
+    for name in names:
+        heldout[name] = heldout[name][: config.evaluation.problems]
+    return problems, heldout
 
 
-def identity(problem: dict) -> str:
-    """What makes two rows one problem: the text whatever its spaces, or the numbers in any order and the target."""
+def hold_out(
+    problems: list[dict], condition, file: str, reason: str
+) -> tuple[list[dict], list[dict]]:
+    """Split problems into those to train on and those that meet the condition, with a note."""
+    training = []
+    heldout = []
+    for problem in problems:
+        if condition(problem):
+            heldout.append(problem)
+        else:
+            training.append(problem)
+    if heldout:
+        note(f"{len(heldout)} of {len(problems)} problems of {file} {reason}")
+    return training, heldout
+
+
+def is_validation(problem: dict, fraction: float) -> bool:
+    """Return whether a problem is in this share of all problems.
+
+    It depends on nothing but the problem's text.
+    """
+    return zlib.crc32(problem["problem"].encode()) < fraction * 2**32
+
+
+def problem_key(problem: dict) -> str:
+    """Return a key that is equal for equal problems.
+
+    It is the text without extra spaces, or the sorted numbers and the target.
+    """
     if "numbers" in problem:
         return str((sorted(problem["numbers"]), problem["target"]))
     return " ".join(problem["problem"].split())
-
-
-def values_of(problems: list[dict], field: str) -> str:
-    found = {str(problem.get(field)) for problem in problems if problem.get(field)}
-    return ", ".join(sorted(found)[:10]) or "not given"
-
-
-def partition(problems: list[dict], test) -> tuple[list[dict], list[dict]]:
-    """Those that pass the test, and the others."""
-    verdicts = [test(problem) for problem in problems]
-    return [p for p, good in zip(problems, verdicts) if good], [p for p, good in zip(problems, verdicts) if not good]
-
-
-def note_on(out: list[dict], kept: list[dict], file: str, reason: str) -> list[str]:
-    return [f"{len(out)} of {len(out) + len(kept)} problems of {file} {reason}: left out of training"] if out else []

@@ -1,60 +1,84 @@
-"""Evaluation: Acc@n, Pass@k, majority@k and d_collapse of models on held-out problems, compared with confidence.
+"""Evaluate models on held-out problems: Acc@n, Pass@k, majority@k and d_collapse, and compare them.
 
     python evaluate.py model=runs/countdown-scope-seed0/model samples=128
-    python evaluate.py "model=[toy,runs/a/model]" data=problems.jsonl samples=256 show=3    # compared, and looked at
-    python evaluate.py recipe=runs/a/config.yaml model=runs/a/model "data=[gsm8k,math500,amc]" problems=1319
+    python evaluate.py "model=[toy,runs/a/model]" data=problems.jsonl samples=256 show=3
+    python evaluate.py recipe=runs/a/config.yaml model=runs/a/model "data=[gsm8k,math500,amc]"
     torchrun --nproc_per_node=4 evaluate.py model=... samples=128
-    python evaluate.py plot=runs/a,runs/b                                                  # training curves
 
-Samples at the training temperature with nothing cut off, by the code and the grader of training. Completions
-are kept in evaluations/ as they come (completions.py), so that a killed evaluation goes on where it stopped.
-P problems, n samples each.
-
-model and data: one, or several as [a,b]. problems: the first so many of each file. k: those of Pass@k, as [1,8,64].
-show: so many problems with completions, best and worst. out: a name for the results, or the picture's file with plot:
-folders of runs whose training curves to draw instead.
+Samples at the training temperature from the full distribution, with the code and the grader of
+training. Each result is kept in evaluations/ and used again if the same model is evaluated on the
+same problems with the same settings. Shapes: P problems, n samples each.
 """
-
-import sys
-
-from support import config as configs
-from support import help
-
-if __name__ == "__main__":  # before torch is imported: a typo is reported at once
-    with configs.one_line_errors():
-        help.answer(sys.argv[1:], __doc__, configs.evaluation_keys(["model=toy"]))
-        KEYS = configs.evaluation_keys(sys.argv[1:])
 
 import json
 import os
+import sys
 import zlib
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-import completions
 import data
 import toy
-from completions import Completions
-from support import distributed, models, plots
-from support.files import file_name, replace_text, sync, written
-from support.processes import versions
-from support.statistics import Estimate, average, difference
-from support.tables import difference_table, format_table
+from rewards import answer_of, check_grader, grade
+from rollout import Rollout, sample, sampling_settings
+from support import distributed, models
+from support.config import (
+    flatten,
+    load_config,
+    one_line_errors,
+    read_run_config,
+    require,
+    show_help,
+    split_list,
+)
+from support.distributed import World, note
+from support.files import file_name, fingerprint, replace_text
+from support.log import versions
+
+EVALUATION_STEP = -1  # the `step` of every evaluation's random numbers: no training step has it
+
+# The command's own settings.
+SETTINGS = {
+    "data": "auto",  # problem file, or several as [a,b]; auto: generated Countdown problems
+    "problems": 200,  # number of problems per file
+    "samples": 16,  # completions per problem
+    "k": "auto",  # of Pass@k, as [1,8,64]; auto: the powers of two below samples
+    "show": 0,  # print completions of so many of the easiest and hardest problems
+    "out": "auto",  # name of the result, evaluations/<out>.json
+}
+# What it uses of config.yaml.
+USED_SETTINGS = (
+    "recipe",
+    "model",
+    "prompt.",
+    "problem_field",
+    "answer_field",
+    "grader",
+    "seed",
+    "max_new_tokens",
+    "temperature",
+    "precision",
+    "rollout.",
+    "countdown.",
+    "toy.",
+    "distributed_timeout",
+)
 
 # ---------------------------------------------------------------- metrics
 
 
 def pass_at_k(num_samples, num_correct, k: int):
-    """Probability that k of n samples, drawn without replacement, hold a correct one: 1 - C(n-c, k) / C(n, k).
+    """Estimate the probability that k samples contain a correct one: 1 - C(n-c, k) / C(n, k).
 
-    The unbiased estimator of Chen et al. (2021), as the product 1 - prod_{j=n-c+1..n} (1 - k/j), which
-    cannot overflow. num_samples and num_correct are whole numbers or arrays of them; returns the same.
+    This is the unbiased estimator of Chen et al. (2021), as the product 1 - prod_{j=n-c+1..n} (1 -
+    k/j), which cannot overflow. num_samples and num_correct are whole numbers or arrays of them;
+    returns the same shape.
 
     >>> pass_at_k(4, 1, 2)
     0.5
@@ -72,273 +96,526 @@ def pass_at_k(num_samples, num_correct, k: int):
 
 
 def majority_at_k(answers, correct, k: int):
-    """Chance that the most frequent of k answers is correct, each tied one counted for its share.  [P, n] -> [P]
+    """Estimate the chance that the most frequent of k answers is correct.  [P, n] -> [P]
 
-    answers are numbers that name distinct answers within a problem. Averaged over the n // k disjoint blocks
-    of k samples; what is left over is not used.
+    Tied answers count by their share. answers are numbers that identify the distinct answers of a
+    problem. The result is the mean over n // k disjoint blocks of k samples.
     """
-    problems, blocks = len(answers), answers.shape[1] // k
+    problems = len(answers)
+    blocks = answers.shape[1] // k
     result = np.zeros(problems)
     for p in range(problems):
         for block in range(blocks):
-            part = slice(block * k, (block + 1) * k)
-            names, first, votes = np.unique(answers[p, part], return_index=True, return_counts=True)
+            samples = slice(block * k, (block + 1) * k)
+            _, first, votes = np.unique(answers[p, samples], return_index=True, return_counts=True)
             winners = first[votes == votes.max()]
-            result[p] += correct[p, part][winners].mean() / blocks
+            result[p] += correct[p, samples][winners].mean() / blocks
     return result
 
 
 def forking_threshold(base_entropy, fraction: float = 0.2) -> float:
-    """h*: the entropy that `fraction` of the base model's tokens exceed."""
+    """Return h*, the entropy that `fraction` of the base model's tokens exceed."""
     return float(np.quantile(np.asarray(base_entropy).ravel(), 1 - fraction, method="inverted_cdf"))
 
 
 def d_collapse(base_entropy, entropy, *, fraction: float = 0.2) -> float:
-    """Relative loss of forking tokens, 1 - f(model) / f(base); 0 for the base itself, 1 if none is left (Section 4.2).
+    """Return the relative loss of forking tokens, 1 - f(model) / f(base).  Section 4.2
 
-    A forking token is one whose entropy exceeds h*, set so that `fraction` of the base model's tokens do.
-    base_entropy and entropy are the token entropies of each model on its own rollouts, any two lengths.
-    f(base) is counted, not assumed to be `fraction`: ties at h* would otherwise read as collapse.
+    It is 0 for the base model itself, and 1 if no forking token is left. A forking token is one
+    whose entropy exceeds h*, which `fraction` of the base model's tokens do. base_entropy and
+    entropy are the token entropies of each model on its own rollouts. f(base) is counted and not
+    assumed to be `fraction`, because ties at h* would otherwise look like collapse.
     """
-    base_entropy, entropy = np.asarray(base_entropy).ravel(), np.asarray(entropy).ravel()
+    base_entropy = np.asarray(base_entropy).ravel()
+    entropy = np.asarray(entropy).ravel()
     if not base_entropy.size or not entropy.size:
         raise ValueError("d_collapse needs at least one token of each model")
     threshold = forking_threshold(base_entropy, fraction)
     forking = (base_entropy > threshold).mean()
-    return float(1 - (entropy > threshold).mean() / forking) if forking else 0.0
+    if forking == 0:
+        return 0.0
+    return float(1 - (entropy > threshold).mean() / forking)
+
+
+@dataclass
+class Estimate:
+    """A metric: offset + scale * sum_p top_p / sum_p bottom_p over problems p.
+
+    A plain mean has bottom 1.
+    """
+
+    top: np.ndarray  # [P]
+    bottom: np.ndarray  # [P]
+    offset: float = 0.0
+    scale: float = 1.0
+
+    @property
+    def value(self) -> float:
+        return self.offset + self.scale * float(self.top.sum() / self.bottom.sum())
+
+    @property
+    def error(self) -> float | None:
+        """The standard error over problems, None for one problem.
+
+        The samples of one problem are not independent, so they count as one.
+        """
+        problems = len(self.top)
+        if problems < 2:
+            return None
+        residual = self.top - self.bottom * self.top.sum() / self.bottom.sum()
+        spread = np.sqrt((residual**2).sum() * problems / (problems - 1)) / self.bottom.sum()
+        return abs(self.scale) * float(spread)
+
+
+def difference(
+    first: Estimate, second: Estimate, *, resamples: int = 2000, seed: int = 0
+) -> tuple[float, float, float]:
+    """Return second - first on the same problems, with its 95 % interval.
+
+    The interval is from a paired bootstrap over problems.
+    """
+    rng = np.random.default_rng(seed)
+    index = rng.integers(len(first.top), size=(resamples, len(first.top)))
+    gaps = np.zeros(resamples)
+    for estimate, sign in ((second, 1), (first, -1)):
+        ratio = estimate.top[index].sum(axis=1) / estimate.bottom[index].sum(axis=1)
+        gaps += sign * (estimate.offset + estimate.scale * ratio)
+    low, high = np.quantile(gaps, [0.025, 0.975])
+    return second.value - first.value, float(low), float(high)
 
 
 @dataclass
 class Evaluation:
-    """n samples of each of P problems. Token entropies are flat, in nats, in the order of the completions."""
+    """The results of n samples of each of P problems.
+
+    Token entropies are flat, in the order of the completions.
+    """
 
     correct: np.ndarray  # [P, n] bool
-    answers: np.ndarray  # [P, n] numbers of the distinct answers of each problem
+    answers: np.ndarray  # [P, n] numbers that identify the distinct answers of a problem
     lengths: np.ndarray  # [P, n] tokens
     stopped: np.ndarray  # [P, n] bool, False: truncated
-    entropy: np.ndarray  # [tokens] float32
+    entropy: np.ndarray  # [tokens] float32, nats
 
     def save(self, path: Path) -> None:
-        unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # several runs may write one file
-        with written(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with unfinished.open("wb") as file:
-                np.savez_compressed(file, **vars(self))
-            sync(unfinished)
-            unfinished.rename(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # several runs may write the same file
+        unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        with unfinished.open("wb") as file:
+            np.savez_compressed(file, **vars(self))
+        unfinished.rename(path)
 
     @classmethod
-    def load(cls, path) -> "Evaluation":
+    def load(cls, path: Path) -> "Evaluation":
         with np.load(path, allow_pickle=False) as arrays:
             return cls(**arrays)
 
-    def per_problem(self, token_values: np.ndarray) -> np.ndarray:
-        """Sums of a flat token quantity over each problem's tokens.  [tokens] -> [P]"""
+    def sum_per_problem(self, token_values: np.ndarray) -> np.ndarray:
+        """Sum a flat token quantity over each problem's tokens.  [tokens] -> [P]"""
         ends = self.lengths.sum(axis=1).cumsum()
         totals = np.concatenate([[0.0], np.cumsum(token_values, dtype=np.float64)])
         return np.diff(totals[np.concatenate([[0], ends])])
 
-    def metrics(self, ks, base: "Evaluation | None" = None, fixed_text: np.ndarray | None = None) -> dict:
-        """Every metric, in the table's order. fixed_text: this model's token entropies on the base's completions."""
-        (problems, samples), accurate = self.correct.shape, self.correct[:, :16]
-        one, tokens = np.ones(problems), self.lengths.sum(axis=1).astype(float)
-        metrics = {f"acc@{accurate.shape[1]}": Estimate(accurate.mean(axis=1), one)}
+    def metrics(self, ks, base: "Evaluation | None" = None) -> dict[str, Estimate]:
+        """Return every metric in the order of the table.
+
+        d_collapse only if `base`, the base model's result, is given.
+        """
+        problems, samples = self.correct.shape
+        first_16 = self.correct[:, :16]
+        one = np.ones(problems)
+        tokens = self.lengths.sum(axis=1).astype(float)
+        distinct = np.array([len(np.unique(row)) for row in self.answers], dtype=float)
+        metrics = {f"acc@{first_16.shape[1]}": Estimate(first_16.mean(axis=1), one)}
         for k in ks:
             metrics[f"pass@{k}"] = Estimate(pass_at_k(samples, self.correct.sum(axis=1), k), one)
-        metrics[f"majority@{samples}"] = Estimate(majority_at_k(self.answers, self.correct, samples), one)
-        metrics["distinct"] = Estimate(np.array([len(np.unique(row)) for row in self.answers], dtype=float), one)
-        metrics["entropy"] = Estimate(self.per_problem(self.entropy), tokens)
+        metrics[f"majority@{samples}"] = Estimate(
+            majority_at_k(self.answers, self.correct, samples), one
+        )
+        metrics["distinct"] = Estimate(distinct, one)
+        metrics["entropy"] = Estimate(self.sum_per_problem(self.entropy), tokens)
         if base is not None:
-            metrics["d_collapse"] = self.collapse(base, self.entropy, self)
-        if fixed_text is not None:
-            metrics["d_collapse fixed"] = self.collapse(base, fixed_text, base)
+            threshold = forking_threshold(base.entropy)
+            forking_tokens = self.sum_per_problem(self.entropy > threshold)
+            base_share = float((base.entropy > threshold).mean())
+            if base_share > 0:  # the same value as the function d_collapse
+                metrics["d_collapse"] = Estimate(
+                    forking_tokens, tokens, offset=1.0, scale=-1 / base_share
+                )
+            else:
+                metrics["d_collapse"] = Estimate(np.zeros(problems), one)
         metrics["length"] = Estimate(self.lengths.mean(axis=1), one)
         metrics["truncated"] = Estimate(1 - self.stopped.mean(axis=1), one)
         return metrics
 
-    @staticmethod
-    def collapse(base: "Evaluation", entropy: np.ndarray, text: "Evaluation") -> Estimate:
-        """`d_collapse` as an Estimate; `text` is whose completions the entropies were taken on."""
-        threshold = forking_threshold(base.entropy)
-        share = (base.entropy > threshold).mean()
-        scale = -1 / share if share else 0.0
-        return Estimate(text.per_problem(entropy > threshold), text.lengths.sum(axis=1).astype(float),
-                      offset=1.0 if share else 0.0, scale=float(scale))
-
     def summary(self, base: "Evaluation | None" = None, ks=(1, 4, 16, 64, 128)) -> dict[str, tuple]:
-        """{metric: (value, standard error over problems)} for the k that there are samples for."""
+        """Return {metric: (value, standard error)} for the k that there are samples for."""
         ks = [k for k in ks if k <= self.correct.shape[1]]
-        return {name: (metric.value, metric.error) for name, metric in self.metrics(ks, base).items()}
+        return {
+            name: (metric.value, metric.error) for name, metric in self.metrics(ks, base).items()
+        }
 
 
 # ---------------------------------------------------------------- sampling
 
 
-def evaluate(model, tokenizer, problems, world, config, *, samples: int, title: str) -> Evaluation:
-    """An evaluation during training: no completion is kept, and every rank returns all of them."""
+def sample_rows(
+    model, tokenizer, problems, rows, config, world, *, samples: int, seed: int, progress=None
+) -> tuple[Rollout, Tensor, list[str]]:
+    """Sample and grade some completions of an evaluation: row i is of problem i // samples.
+
+    The same rows always give the same completions. Returns the rollout, correct [rows], the texts.
+    """
     prompts = data.prompt_ids(tokenizer, problems, config.prompt)
-    rows = world.share(len(problems) * samples)
-    with tqdm(total=len(rows), desc=title, unit="sample", leave=False, disable=world.no_bar) as bar:
-        sampled, correct, texts = completions.sample_and_grade(
-            model, tokenizer, problems, prompts, rows, world, config, samples=samples, seed=config.evaluation.seed,
-            progress=bar.update)
-    answers = [data.answer_of(problems[row // samples], text, config.reward.grader) for row, text in zip(rows, texts)]
-    names = torch.tensor([zlib.crc32(answer.encode()) for answer in answers], dtype=torch.long, device=world.device)
-    columns = [correct.long(), names, sampled.lengths, sampled.stopped.long()]
-    table = distributed.gather(torch.stack(columns, dim=1)).cpu().numpy()
+    models.check_lengths(model.config, prompts, config.max_new_tokens)
+    prompt_of_row = [prompts[row // samples] for row in rows]
+    problem_of_row = [problems[row // samples] for row in rows]
+    settings = sampling_settings(config) | {"seed": seed, "step": EVALUATION_STEP}
+    stop = models.stop_ids(model, tokenizer)
+    with world.autocast():
+        rollout = sample(model, prompt_of_row, list(rows), stop=stop, progress=progress, **settings)
+    correct, texts = grade(tokenizer, problem_of_row, rollout, config.grader)
+    return rollout, correct, texts
+
+
+def evaluate(
+    model, tokenizer, problems, config, world: World, *, samples: int, seed: int, title: str
+) -> Evaluation:
+    """Sample and grade `samples` completions per problem.
+
+    The work is split over ranks, and every rank returns the whole result.
+    """
+    rows = world.slice(len(problems) * samples)
+    with tqdm(
+        total=len(rows), desc=title, unit="sample", leave=False, disable=world.hide_bar
+    ) as bar:
+        rollout, correct, texts = sample_rows(
+            model,
+            tokenizer,
+            problems,
+            rows,
+            config,
+            world,
+            samples=samples,
+            seed=seed,
+            progress=bar.update,
+        )
+    answers = []
+    for row, text in zip(rows, texts):
+        answers.append(zlib.crc32(answer_of(problems[row // samples], text).encode()))
+    answers = torch.tensor(answers, dtype=torch.long, device=world.device)
+    columns = torch.stack([correct.long(), answers, rollout.lengths, rollout.stopped.long()], dim=1)
+    table = world.gather(columns).cpu().numpy()
     correct, answers, lengths, stopped = table.T.reshape(4, len(problems), samples)
-    entropy = distributed.gather(sampled.entropy[sampled.mask]).cpu().numpy()
+    entropy = world.gather(rollout.entropy[rollout.mask]).cpu().numpy()
     return Evaluation(correct.astype(bool), answers, lengths, stopped.astype(bool), entropy)
 
 
-def of_completions(kept: Completions, grader: str) -> Evaluation:
-    answers = [data.answer_of(kept.problems[row["problem"]], row["text"], grader) for row in kept.rows]
-    names = np.array([zlib.crc32(answer.encode()) for answer in answers]).reshape(-1, kept.samples)
-    entropy = np.concatenate([row["entropies"] for row in kept.rows])
-    return Evaluation(kept.column("correct"), names, kept.column("length"), kept.column("stopped"), entropy)
+def evaluate_once(
+    model,
+    tokenizer,
+    problems,
+    config,
+    world: World,
+    *,
+    samples: int,
+    seed: int,
+    title: str,
+    folder: Path,
+) -> Evaluation:
+    """Evaluate a model, or read the stored result of the same evaluation from `folder`."""
+    identity = [
+        models.fingerprint(model),
+        problems,
+        data.prompt_ids(tokenizer, problems, config.prompt),
+        models.stop_ids(model, tokenizer),
+        config.grader,
+        config.max_new_tokens,
+        config.temperature,
+        samples,
+        seed,
+        world.device.type,
+        str(world.dtype),
+    ]
+    stored = folder / f"{fingerprint(identity)}.npz"
+    if not world.max(int(world.is_main and stored.exists())):
+        result = evaluate(
+            model, tokenizer, problems, config, world, samples=samples, seed=seed, title=title
+        )
+        if world.is_main:
+            result.save(stored)
+    world.barrier()
+    return Evaluation.load(stored)
+
+
+# ---------------------------------------------------------------- tables
+
+
+def evaluation_metrics(
+    results: dict[str, Evaluation], base: dict[str, Evaluation] | None = None
+) -> dict[str, float]:
+    """Return eval/NAME for the first file and eval/FILE/NAME for the others.
+
+    Pass@k comes with its standard error.
+    """
+    metrics = {}
+    for i, (file, result) in enumerate(results.items()):
+        prefix = "eval/"
+        if i > 0:
+            prefix = f"eval/{file_name(file)}/"
+        summary = result.summary(base[file] if base else None)
+        for name, (value, _) in summary.items():
+            metrics[prefix + name] = value
+        for name, (_, error) in summary.items():
+            if name.startswith("pass@") and error is not None:
+                metrics[f"{prefix}{name}_stderr"] = error
+    return metrics
+
+
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    """Write a Markdown table with aligned columns."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = []
+    for row in [header, ["-" * width for width in widths], *rows]:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths)]
+        lines.append(f"| {' | '.join(cells)} |\n")
+    return "".join(lines)
+
+
+def metrics_table(summaries: dict[str, dict[str, tuple]]) -> str:
+    """Write a table with a row per metric and a column per model: value ± standard error."""
+    names = dict.fromkeys(name for summary in summaries.values() for name in summary)
+    names.pop("differences", None)  # from the first model; they have a table of their own
+    rows = []
+    for name in names:
+        row = [name]
+        for summary in summaries.values():
+            row.append(with_error(*summary[name]) if name in summary else "")
+        rows.append(row)
+    return markdown_table(["", *summaries], rows)
+
+
+def with_error(value: float, error: float | None) -> str:
+    if error is None:
+        return f"{value:.3f}"
+    return f"{value:.3f} ± {error:.3f}"
+
+
+def caption(problems: int, samples: int, temperature: float) -> str:
+    """Write what the numbers of a table mean."""
+    return (
+        f"{problems} held-out problems, {samples} samples each at temperature {temperature:g}; "
+        f"± is the standard error over problems. Pass@{samples} is the share of problems solved at "
+        "least once."
+    )
 
 
 # ---------------------------------------------------------------- the command
 
 
-def main(keys: dict) -> None:
-    config = configs.namespace(configs.nest(keys))
-    if config.plot:
-        print(plots.curves_of(configs.listed(config.plot), config.out))
-        return
-    ks, names = configs.ks(config.k, config.samples), configs.listed(config.model)
-    settings = {key: value for key, value in keys.items() if key not in ("out", "show", "plot", "recipe")}
-    check_result(config.out, settings)
-    problem_sets = {file: problems_of(file, config) for file in configs.listed(config.data.file)}
-    with distributed.joined(config.precision) as world:
-        found = {file: compare(names, file, problems, ks, world, config) for file, problems in problem_sets.items()}
+def main(arguments: list[str]) -> None:
+    show_help(arguments, __doc__, SETTINGS)
+    config = load_evaluation_config(arguments)
+    ks = parse_ks(config.k, config.samples)
+    names = split_list(config.model)
+    with distributed.start(config.precision, config.distributed_timeout) as world:
+        report = {}
+        for file in split_list(config.data):
+            problems = load_file(file, config)
+            results = evaluate_models(names, file, problems, config, world)
+            report[file] = compare(results, ks)
+            if world.is_main:
+                print_comparison(file, report[file], len(problems), config)
         if world.is_main:
-            metrics, kept = ({file: pair[i] for file, pair in found.items()} for i in (0, 1))
-            report = print_report(metrics, kept, ks, config)
-            write_results(config.out, settings, report, kept)
+            write_report(report, config)
 
 
-def problems_of(file: str, config) -> list[dict]:
-    """The first config.problems of a file; auto: Countdown problems from the held-out side of the split."""
+def load_evaluation_config(arguments: list[str]):
+    """Read config.yaml, a recipe, and this command's own settings and arguments over both.
+
+    The problems are those of `evaluation.data`, unless data= names others.
+    """
+    for argument in arguments:
+        key = argument.partition("=")[0]
+        require(
+            key in SETTINGS or key.startswith(USED_SETTINGS),
+            f"{argument}: evaluate.py does not use this setting; its own are {', '.join(SETTINGS)}",
+        )
+    recipe = [argument for argument in arguments if argument.startswith("recipe=")]
+    others = [argument for argument in arguments if not argument.startswith("recipe=")]
+    training = load_config(recipe)
+    own = {"data": training.evaluation.data, "problems": training.evaluation.problems}
+    config = load_config(others, flatten(training) | SETTINGS | own)
+    require(
+        "auto" not in split_list(config.data) or training.data == "countdown",
+        f"recipe={training.recipe} evaluates on a share of its training file: give data=FILE",
+    )
+    name = config.out
+    require(
+        name not in ("", ".", "..") and Path(name).name == name,
+        f"out={name}: give a plain name; the results go to evaluations/<out>.json",
+    )
+    taken = Path("evaluations") / f"{name}.json"
+    require(not taken.exists(), f"out={name}: {taken} exists: give another name, or delete it")
+    check_grader(config.grader)
+    return config
+
+
+def parse_ks(text: str, samples: int) -> list[int]:
+    """Return the k of Pass@k: a list such as [1,8,64], or auto.
+
+    auto: the powers of two below the number of samples.
+    """
+    if text == "auto":
+        return [2**i for i in range(20) if 2**i < max(samples, 2)]
+    words = split_list(text)
+    require(
+        all(word.isdecimal() and int(word) > 0 for word in words),
+        f"k={text}: give whole numbers, as in [1,8,64]",
+    )
+    ks = sorted({int(word) for word in words})
+    require(
+        ks[-1] <= samples, f"k={ks[-1]} with samples={samples}: Pass@k needs at least k samples"
+    )
+    return ks
+
+
+def load_file(file: str, config) -> list[dict]:
+    """Return the problems of a file, at most `problems` of them."""
     if file == "auto":
         return data.countdown(config.problems, heldout=True, **vars(config.countdown))
-    problems, notes = data.problems_of(config, file)
-    notes += [f"{file}: the first {config.problems} of {len(problems)} problems"] * (len(problems) > config.problems)
-    configs.print_notes(notes)
+    problems = data.read_problems(
+        file, problem_field=config.problem_field, answer_field=config.answer_field
+    )
+    if len(problems) > config.problems:
+        note(f"{file}: the first {config.problems} of {len(problems)} problems")
     return problems[: config.problems]
 
 
-def compare(names: list[str], file: str, problems: list, ks: list[int], world, config) -> tuple[dict, dict]:
-    """Every model on one problem set: {model: {metric: Estimate}}, and {model: its completions}."""
-    metrics, kept, vocabulary, base = {}, {}, None, None
+def evaluate_models(
+    names: list[str], file: str, problems: list[dict], config, world: World
+) -> dict[str, Evaluation]:
+    """Evaluate every model on one problem file, and print completions if `show` asks for them."""
+    results = {}
     for name in names:
-        path = toy.model_folder(name, config)
-        configs.print_notes(configs.trained_otherwise(path, vars(config.prompt)))
+        path = toy.resolve_model(config, world, name)
+        warn_other_prompts(path, config)
         model, tokenizer = models.load(path, world.dtype)
         model.to(world.device)
-        kept[name] = completions.draw(path, file, model, tokenizer, problems, world, config)
-        evaluation, fixed = of_completions(kept[name], config.reward.grader), None
-        if base is None:
-            vocabulary, base = tokenizer.get_vocab(), evaluation
-        if len(names) > 1 and tokenizer.get_vocab() == vocabulary:  # another one cannot read the first's tokens
-            own = completions.entropy_on(model, tokenizer, kept[names[0]], world, config)
-            fixed = distributed.gather(own).cpu().numpy().round(5)  # as kept ones are: ties at the threshold stay ties
-        metrics[name] = evaluation.metrics(ks, base if len(names) > 1 else None, fixed)
-    for own in kept.values():
-        own.drop_tokens()
-    return metrics, kept
+        results[name] = evaluate_once(
+            model,
+            tokenizer,
+            problems,
+            config,
+            world,
+            samples=config.samples,
+            seed=config.seed,
+            title=f"{name} on {file}",
+            folder=Path("evaluations"),
+        )
+        if world.is_main and config.show > 0:
+            print_examples(name, model, tokenizer, problems, results[name], config, world)
+    return results
 
 
-def results(sets: list[dict[str, dict[str, Estimate]]]) -> dict:
-    """{model: {metric: (value, standard error)}}, means over problem sets; of each further model the "differences" from
-    the first too: {metric: (value, low, high)}. A metric that one set or model lacks is left out."""
-    report, first = {}, next(iter(sets[0]))
-    for name in sets[0]:
-        shared = [metric for metric in sets[0][name] if all(metric in own[name] for own in sets)]
-        report[name] = {metric: average([own[name][metric] for own in sets]) for metric in shared}
-        if name != first:
-            report[name]["differences"] = {
-                metric: difference(*zip(*((own[first][metric], own[name][metric]) for own in sets)))
-                for metric in shared if all(metric in own[first] for own in sets)}
+def warn_other_prompts(model: str, config) -> None:
+    """Print a note if the run that trained this model used another prompt than this evaluation."""
+    run = Path(model).parent
+    if run.name == "checkpoints":
+        run = run.parent
+    trained = read_run_config(run)
+    for key, value in flatten(config.prompt, "prompt.").items():
+        if trained.get(key, value) != value:
+            note(
+                f"{model} was trained with {key}={trained[key]} and is evaluated with another "
+                f"prompt; recipe={run}/config.yaml gives the same"
+            )
+
+
+def compare(results: dict[str, Evaluation], ks: list[int]) -> dict[str, dict]:
+    """Return {model: {metric: (value, error)}}.
+
+    From the second model on it also has "differences" from the first. A difference is (value, low,
+    high), with the 95 % interval of a paired bootstrap over problems.
+    """
+    base = next(iter(results.values()))
+    metrics = {}
+    for name, result in results.items():
+        metrics[name] = result.metrics(ks, base if len(results) > 1 else None)
+    first, *others = metrics
+    report = {}
+    for name, estimates in metrics.items():
+        report[name] = {
+            metric: (estimate.value, estimate.error) for metric, estimate in estimates.items()
+        }
+    for name in others:
+        report[name]["differences"] = {
+            metric: difference(metrics[first][metric], estimate)
+            for metric, estimate in metrics[name].items()
+        }
     return report
 
 
-def describe(problems: int, samples: int, largest_k: int, temperature: float) -> str:
-    """What a table's numbers mean, n and k included."""
-    text = f"{problems} held-out problems x {samples} samples at temperature {temperature:g}; ± is the standard error"
-    return text + f"; Pass@{samples} (k = n) is the share of problems solved at least once" * (largest_k == samples)
+def print_comparison(file: str, report: dict[str, dict], problems: int, config) -> None:
+    """Print the table of one problem file, and the differences from the first model."""
+    first, *others = report
+    print(
+        f"\n{file}:\n{metrics_table(report)}{caption(problems, config.samples, config.temperature)}"
+    )
+    if not others:
+        return
+    rows = []
+    for metric in report[others[0]]["differences"]:
+        row = [metric]
+        for name in others:
+            value, low, high = report[name]["differences"][metric]
+            star = " *" if low > 0 or high < 0 else ""
+            row.append(f"{value:+.3f} [{low:+.3f}, {high:+.3f}]{star}")
+        rows.append(row)
+    print(f"\nDifference from {first}, with the 95 % interval of a paired bootstrap over problems;")
+    print("* the interval excludes 0:\n")
+    print(markdown_table(["", *others], rows), end="")
 
 
-def print_report(metrics: dict, kept: dict, ks: list[int], config) -> dict:
-    """Prints the tables of each problem set, the average last, and returns their figures."""
-    report = {file: results([own]) for file, own in metrics.items()}
-    for file, completed in kept.items():
-        print_tables(file, report[file])
-        problems = len(next(iter(completed.values())).problems)
-        print(describe(problems, config.samples, ks[-1], config.temperature))
-        for name, own in completed.items():
-            show(name, own, config.show)
-    if len(report) > 1:
-        report["average"] = results(list(metrics.values()))
-        print_tables(f"average of {len(metrics)} problem sets", report["average"])
-        names = list(report["average"])
-        accuracy = next(iter(report["average"][names[0]]))
-        table = {name: {file: own[name][accuracy] for file, own in report.items()} for name in names}
-        print(f"\n{accuracy}:\n{format_table(table)}")
-    return report
+def print_examples(
+    name: str, model, tokenizer, problems, result: Evaluation, config, world: World
+) -> None:
+    """Print completions of the problems that most samples solve and that fewest do."""
+    samples = config.samples
+    order = np.argsort(-result.correct.sum(axis=1), kind="stable").tolist()
+    for index in dict.fromkeys(order[: config.show] + order[-config.show :]):
+        print(f"\n{name}, problem {index}: {result.correct[index].sum()} of {samples} correct")
+        print(f"  {json.dumps(problems[index])}")
+        rows = range(index * samples, (index + 1) * samples)  # sampled again: nothing was kept
+        _, correct, texts = sample_rows(
+            model, tokenizer, problems, rows, config, world, samples=samples, seed=config.seed
+        )
+        for verdict, word in ((True, "correct"), (False, "wrong")):
+            examples = [text for text, right in zip(texts, correct.tolist()) if right == verdict]
+            if examples:
+                print(f"  {word}: {examples[0].strip()}")
 
 
-def print_tables(title: str, found: dict) -> None:
-    first, *others = found
-    tables = {name: {metric: own[metric] for metric in own if metric != "differences"} for name, own in found.items()}
-    print(f"\n{title}:\n{format_table(tables)}")
-    if others:
-        print(f"\nless {first}, problem by problem [95 % interval, paired bootstrap], * beyond noise:\n"
-              + difference_table(list(tables[first]), {name: found[name]["differences"] for name in others}))
+def result_name(config) -> str:
+    """Return the name of the result in evaluations/."""
+    if config.out != "auto":
+        return config.out
+    text = file_name(f"{config.model.strip('[]')}-on-{config.data.strip('[]')}".replace(",", "-"))
+    return f"{text[:80]}-{fingerprint(flatten(config))}"
 
 
-def show(name: str, kept: Completions, count: int) -> None:
-    """The problems that most samples solve, and those that fewest do, with a right and a wrong completion."""
-    order = np.argsort(-kept.column("correct").sum(axis=1), kind="stable").tolist()
-    for problem in dict.fromkeys(order[:count] + order[len(order) - count :] if count else []):
-        rows = kept.of(problem)
-        print(f"\n{name}, problem {problem}: {sum(row['correct'] for row in rows)} of {kept.samples} right\n  "
-              + json.dumps(kept.problems[problem], ensure_ascii=False))
-        for word, verdict in (("right", True), ("wrong", False)):
-            example = next((row["text"] for row in rows if row["correct"] == verdict), None)
-            if example is not None:
-                print(f"  {word}: {example.strip()}")
-
-
-def check_result(out: str, settings: dict) -> None:
-    """Refuses a name under which other results stand."""
-    stored = Path("evaluations") / f"{out}.json"
-    same = out == "auto" or not stored.is_file()
-    with suppress(ValueError, KeyError, TypeError):  # no result of ours: not to be overwritten either
-        same = same or json.loads(stored.read_text())["settings"] == settings
-    configs.require(same, f"out={out}: {stored} holds something else; give another name, or delete that file")
-
-
-def write_results(out: str, settings: dict, report: dict, kept: dict) -> None:
-    """evaluations/OUT.json with date, versions and settings, OUT.problems.jsonl with correct counts, and OUT.png."""
-    if out == "auto":
-        words = [*(plots.short_name(name) for name in configs.listed(settings["model"])), "on",
-                 *configs.listed(settings["data.file"])]
-        out = f"{file_name('-'.join(words))[:80]}-{zlib.crc32(json.dumps(settings).encode()):08x}"
-    folder = Path("evaluations")
-    lines = [json.dumps({"data": file, "problem": problem, "samples": settings["samples"],
-                         "correct": {name: int(own.column("correct")[i].sum()) for name, own in of_file.items()}})
-             for file, of_file in kept.items() for i, problem in enumerate(next(iter(of_file.values())).problems)]
-    replace_text(folder / f"{out}.problems.jsonl", "".join(line + "\n" for line in lines))
-    about = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions(),
-             "settings": settings}
-    replace_text(folder / f"{out}.json", json.dumps(about | {"results": report}, indent=1) + "\n")
-    print(f"\nwritten: {folder / out}.json, {out}.problems.jsonl (correct counts), evaluations/*/completions.jsonl")
-    sizes = {file: f"{len(next(iter(of_file.values())).problems)} problems x {settings['samples']} samples"
-             for file, of_file in kept.items()}
-    print(plots.picture(folder / f"{out}.png", lambda plot: plots.pass_at_k(plot, report, sizes)))
+def write_report(report: dict, config) -> None:
+    """Write evaluations/<out>.json with date, versions and settings."""
+    path = Path("evaluations") / f"{result_name(config)}.json"
+    about = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "settings": flatten(config),
+    }
+    replace_text(path, json.dumps(about | {"results": report}, indent=1) + "\n")
+    print(f"\nwritten: {path}")
 
 
 if __name__ == "__main__":
-    with configs.one_line_errors():
-        main(KEYS)
+    with one_line_errors():
+        main(sys.argv[1:])

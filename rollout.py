@@ -1,101 +1,135 @@
-"""Rollouts: batched HF `generate`, and the record that the sampler keeps of every draw.
+"""Rollouts: batched Hugging Face `generate` that records every token's log-probability.
 
-Two habits keep this file exact:
+Two rules make what is recorded exact:
 
-* Sampling is *stateless*. The noise of a draw is a hash of (seed, step, row, position), so a row gets the
-  same completion however rows are batched, ordered or spread over ranks, and resuming needs no RNG state.
-* Masks come from *positions*: the first stop token ends a completion and belongs to it. No mask compares
-  with a pad id, which may well be the stop id.
+* Sampling is *stateless*. The random numbers of a token are a hash of (seed, step, row, position).
+  So a row gets the same completion (but for rounding) however rows are batched, ordered or spread
+  over ranks, and resuming a run needs no random state.
+* Masks come from *positions*: the first stop token ends a completion and belongs to it. No mask is
+  made by comparing with a pad id, because the pad id may be the stop id.
 
-Shapes: B completions, P padded prompt length, C padded completion length, V vocabulary.
+Shapes: B completions, P padded prompt length, C padded completion length, T = P + C, V vocabulary.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
-from transformers import LogitsProcessor
+from torch.nn import functional
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor
+from transformers.cache_utils import DynamicLayer
 
 import grpo
-from support import distributed, memory
-from support.checks import Halted
-from support.generation import begin, generation_config, sampling_mode
+import scope
+from objectives import MicroBatch
 from support.models import hidden_states
 
-GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # SplitMix64's odd constant near 2^64/phi, as a signed 64-bit integer
+# ---------------------------------------------------------------- the sampler
+
+# The constants of SplitMix64 as signed 64-bit integers; GOLDEN is odd and near 2^64 / phi.
+GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
 MIX_2 = 0x94D049BB133111EB - 2**64
 
 
-def mix(x: Tensor) -> Tensor:
-    """SplitMix64's finaliser: 64 well-stirred bits from 64 (Steele, Lea & Flood 2014). int64, any shape.
+def splitmix64(x: Tensor) -> Tensor:
+    """Hash 64-bit integers by SplitMix64's finaliser (Steele, Lea & Flood 2014).  int64, any shape
 
-    `>>` is arithmetic on signed integers; the masks make it the logical shift that the hash is built on.
+    `>>` is arithmetic on signed integers; the masks turn it into the logical shift that the hash
+    needs.
     """
     x = (x ^ (x >> 30 & 2**34 - 1)) * MIX_1
     x = (x ^ (x >> 27 & 2**37 - 1)) * MIX_2
     return x ^ (x >> 31 & 2**33 - 1)
 
 
-def gumbel_noise(seed: int, step: int, rows: Tensor, position: Tensor | int, vocabulary: int) -> Tensor:
-    """Standard Gumbel noise [B, V], a pure function of (seed, step, row, position). rows and position [B] int64."""
+def gumbel_noise(
+    seed: int, step: int, rows: Tensor, position: Tensor | int, vocabulary: int
+) -> Tensor:
+    """Return standard Gumbel noise [B, V] for rows [B] at positions [B].
+
+    It is a pure function of (seed, step, row, position).
+    """
     key = torch.zeros_like(rows)
     for word in (seed, step, rows, position):
-        key = mix(key + word + GOLDEN)
+        key = splitmix64(key + word + GOLDEN)
     counter = torch.arange(1, vocabulary + 1, device=rows.device)
-    bits = mix(key[:, None] + counter * GOLDEN) >> 32 & 2**32 - 1
+    bits = splitmix64(key[:, None] + counter * GOLDEN) >> 32 & 2**32 - 1
     uniform = (bits.float() + 0.5) * 2.0**-32
-    # An exponential made as -log(1 - u) keeps fp32's fine steps near 0, which is where winners come from.
+    # log1p keeps the precision of u near 0, which is where the largest noise comes from.
     return -torch.log(-torch.log1p(-uniform))
 
 
-RECORDED = ("logprobs", "entropy", "self_certainty", "collision")
+RECORDED_FIELDS = ("logprobs", "entropy", "self_certainty", "entropy_baseline")
 
 
 class StatelessSampler(LogitsProcessor):
-    """Draws the next token by the Gumbel-max trick and records the draw; `generate` only takes its argmax.
+    """Samples the next token by the Gumbel-max trick and records it.
 
-    argmax(z + Gumbel noise) is an exact sample of softmax(z). Per call it appends for its b rows: the
-    token, its log-probability, the entropy of the distribution (nats), its self-certainty,
-    KL(uniform || policy) = -log V - mean_v log p_v (Zhao et al. 2025), and sum_v p_v^2 (log p_v + entropy),
-    which scope.entropy_change_score is made of (if asked for, else 0); all of softmax(logits / temperature).
+    `generate` then only takes the argmax: argmax(z + Gumbel noise) is an exact sample of
+    softmax(z). Each call appends, for its b rows, the token and four numbers that describe
+    softmax(logits / temperature): the log-probability of the token, the entropy in nats, the
+    self-certainty KL(uniform || policy) = -log V - mean_v log p_v (Zhao et al. 2025), and
+    scope.entropy_baseline, which is 0 unless it is asked for. Temperature 0 is greedy decoding; the
+    numbers are then those of softmax(logits).
     """
 
     def __init__(
-        self, rows: Tensor, position: Tensor, *, seed: int, step: int, temperature: float, collision: bool = False
+        self,
+        rows: Tensor,
+        position: Tensor,
+        *,
+        seed: int,
+        step: int,
+        temperature: float,
+        entropy_baseline: bool = False,
     ):
-        self.rows, self.position, self.seed, self.step, self.temperature = rows, position, seed, step, temperature
-        self.with_collision = collision
+        self.rows = rows
+        self.position = position
+        self.seed = seed
+        self.step = step
+        self.temperature = temperature
+        self.entropy_baseline = entropy_baseline
         self.tokens: list[Tensor] = []
-        self.record: dict[str, list[Tensor]] = {name: [] for name in RECORDED}
+        self.record: dict[str, list[Tensor]] = {name: [] for name in RECORDED_FIELDS}
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         logprobs = torch.log_softmax(scores.float() / (self.temperature or 1.0), dim=-1)
-        noise = gumbel_noise(self.seed, self.step, self.rows, self.position, logprobs.shape[-1])
-        perturbed = logprobs + noise if self.temperature else logprobs  # 0: the likeliest
+        perturbed = logprobs
+        if self.temperature > 0:
+            perturbed = logprobs + gumbel_noise(
+                self.seed, self.step, self.rows, self.position, logprobs.shape[-1]
+            )
         token = perturbed.argmax(dim=-1)
         probs = logprobs.exp()
         entropy = -(probs * logprobs).sum(dim=-1)
+        baseline = torch.zeros_like(entropy)
+        if self.entropy_baseline:
+            baseline = (probs**2 * (logprobs + entropy[:, None])).sum(dim=-1)
         self.tokens.append(token)
         self.record["logprobs"].append(logprobs.gather(1, token[:, None]).squeeze(1))
         self.record["entropy"].append(entropy)
         self.record["self_certainty"].append(-logprobs.mean(dim=-1) - math.log(logprobs.shape[-1]))
-        collision = (probs**2 * (logprobs + entropy[:, None])).sum(dim=-1) if self.with_collision else entropy * 0
-        self.record["collision"].append(collision)
+        self.record["entropy_baseline"].append(baseline)
         self.position = self.position + 1
         return perturbed
 
 
+# ---------------------------------------------------------------- the record
+
+
 @dataclass
 class Rollout:
-    """B completions and what the sampler recorded of each token; positions past `mask` hold zeros.
+    """Holds B completions, what the sampler recorded of each token, and what the step adds.
 
-    mask [B, C] is True up to and including the first stop token, or everywhere if none was drawn within
-    the limit (`stopped` False: the completion is truncated). Values at `x[mask]` are the flat valid
-    tokens, in row order: every statistic and every loss is taken over such 1-D vectors.
+    mask [B, C] is True up to and including the first stop token, or everywhere if there was none
+    within the limit (`stopped` is then False: the completion is truncated). Positions outside the
+    mask hold zeros. For any field x [B, C], x[mask] is the flat vector of its valid tokens in row
+    order; every statistic and every loss is taken over such vectors.
     """
 
     prompts: list[list[int]]  # B prompts, token ids
@@ -105,56 +139,103 @@ class Rollout:
     logprobs: Tensor  # [B, C] float32, as are the next three; see StatelessSampler
     entropy: Tensor
     self_certainty: Tensor
-    collision: Tensor
+    entropy_baseline: Tensor
+    correct: Tensor | None = None  # [B] bool, set by part 3 of train.py
+    rewards: Tensor | None = None  # [B], set by part 3
+    advantages: Tensor | None = None  # [B], set by part 4
+    selected: Tensor | None = None  # [B, C] bool, set by part 5: tokens that pay the KL penalty
+    token_mask: Tensor | None = None  # [B, C] bool, set by part 5: special to the objective
 
     def __getitem__(self, rows: slice) -> "Rollout":
-        return Rollout(**{name: values[rows] for name, values in vars(self).items()})
+        fields = {}
+        for name, values in vars(self).items():
+            fields[name] = None if values is None else values[rows]
+        return Rollout(**fields)
 
     @property
     def lengths(self) -> Tensor:
-        """Tokens of each completion, the stop token included. [B]"""
+        """Number of tokens of each completion, the stop token included.  [B]"""
         return self.mask.sum(dim=1)
 
-    def cut(self, rows: list[int], config) -> Iterator[list[int]]:
-        """Rows in micro-batches of similar size: so many rows and, with padding, so many tokens as config allows."""
-        sizes = [len(prompt) + length for prompt, length in zip(self.prompts, self.lengths.tolist())]
-        part: list[int] = []
+    def split(self, count: int) -> list["Rollout"]:
+        """Cut the completions into `count` parts of equal size, in order."""
+        size = len(self.prompts) // count
+        return [self[i * size : (i + 1) * size] for i in range(count)]
+
+    def micro_batches(self, config, rows: list[int] | None = None) -> list[list[int]]:
+        """Group rows of similar length into micro-batches, the longest first.
+
+        The longest come first so that running out of memory shows at once. Each has at most
+        micro_batch_size rows and, unless it is a single row, at most micro_batch_tokens tokens,
+        padding included.
+        """
+        if rows is None:
+            rows = list(range(len(self.prompts)))
+        sizes = [
+            len(prompt) + length for prompt, length in zip(self.prompts, self.lengths.tolist())
+        ]
+        batches: list[list[int]] = []
         for row in sorted(rows, key=lambda row: (sizes[row], row)):
-            tokens = (len(part) + 1) * sizes[row]
-            if part and (len(part) == config.micro_batch_size or 0 < config.micro_batch_tokens < tokens):
-                yield part
-                part = []
-            part.append(row)
-        if part:
-            yield part
+            full = not batches or len(batches[-1]) == config.micro_batch_size
+            if not full and config.micro_batch_tokens > 0:
+                full = (len(batches[-1]) + 1) * sizes[row] > config.micro_batch_tokens
+            if full:
+                batches.append([])
+            batches[-1].append(row)
+        return batches[::-1]
 
-    def pack(self, rows: list[int]) -> tuple[Tensor, Tensor]:
-        """Prompt and completion of some rows side by side, padded on the right only.
+    def pad(self, rows: list[int]) -> tuple[Tensor, Tensor]:
+        """Concatenate prompt and completion of some rows and pad them on the right.
 
-        A causal model needs no attention mask then: nothing attends to what comes after it, and
-        positions are simply 0, 1, 2 ... Returns tokens [b, T] and predicts [b, T], True where the hidden state
-        predicts a completion token: hidden[predicts] lines up with tokens[rows][mask[rows]].
+        A causal model then needs no attention mask: nothing attends to what comes after it, and
+        positions are simply 0, 1, 2 ... Returns tokens [b, T] and predicts_completion [b, T], True
+        where the hidden state predicts a completion token. So hidden[predicts_completion] lines up
+        with self.tokens[rows][self.mask[rows]].
         """
         lengths = self.lengths.tolist()
         starts = [len(self.prompts[row]) for row in rows]
         width = max(start + lengths[row] for start, row in zip(starts, rows))
         tokens = self.tokens.new_zeros(len(rows), width)
-        predicts = torch.zeros_like(tokens, dtype=torch.bool)
+        predicts_completion = torch.zeros_like(tokens, dtype=torch.bool)
         for i, (start, row) in enumerate(zip(starts, rows)):
             end = start + lengths[row]
             tokens[i, :start] = torch.tensor(self.prompts[row])
             tokens[i, start:end] = self.tokens[row, : lengths[row]]
-            predicts[i, start - 1 : end - 1] = True  # the state before a token predicts it
-        return tokens, predicts
+            # the hidden state before a token predicts it
+            predicts_completion[i, start - 1 : end - 1] = True
+        return tokens, predicts_completion
+
+    def collate(self, rows: list[int], weight: Tensor, sequence_weight: Tensor) -> MicroBatch:
+        """Make the micro-batch of some rows.
+
+        weight and sequence_weight [B] are those of each completion; see MicroBatch.
+        """
+        tokens, predicts_completion = self.pad(rows)
+        mask = self.mask[rows]
+
+        def flat(values: Tensor) -> Tensor:
+            """Return the values of the valid tokens; a value per completion is repeated."""
+            values = values[rows]
+            if values.ndim == 1:
+                values = values[:, None].expand_as(mask)
+            return values[mask]
+
+        return MicroBatch(
+            rows,
+            tokens,
+            predicts_completion,
+            targets=flat(self.tokens),
+            old_logprobs=flat(self.logprobs),
+            advantages=flat(self.advantages),
+            correct=flat(self.correct),
+            selected=flat(self.selected),
+            token_mask=flat(self.token_mask),
+            weight=flat(weight),
+            sequence_weight=flat(sequence_weight),
+        )
 
 
-def from_completions(prompts: list[list[int]], completions: list[list[int]], device) -> Rollout:
-    """Given completions as a Rollout without a record: to be scored, not sampled."""
-    width = max(map(len, completions))
-    tokens = torch.tensor([ids + [0] * (width - len(ids)) for ids in completions], device=device)
-    mask = torch.tensor([[True] * len(ids) + [False] * (width - len(ids)) for ids in completions], device=device)
-    blank = torch.zeros(mask.shape, device=device)
-    return Rollout(prompts, tokens, mask, mask.any(dim=1), blank, blank, blank, blank)
+# ---------------------------------------------------------------- sampling with `generate`
 
 
 def sample(
@@ -169,107 +250,270 @@ def sample(
     step: int,
     batch_size: int = 256,
     segment: int = 128,
-    collision: bool = False,
+    entropy_baseline: bool = False,
     progress=None,
 ) -> Rollout:
-    """Sample one completion per prompt from softmax(logits / temperature), nothing cut off.
+    """Sample one completion per prompt from softmax(logits / temperature), without top-k or top-p.
 
-    `rows` numbers the prompts within the step, over all ranks: with (seed, step) it decides the draws.
-    `batch_size` and `segment` (tokens between two sweeps: finished rows leave, new ones enter) change memory and speed
-    only. `progress` is called with the number of completions done.
+    `rows` numbers the prompts within the step, over all ranks; with (seed, step) it decides the
+    random numbers. At most `batch_size` completions are sampled at once. After every `segment`
+    tokens finished rows leave the batch and new ones enter. Both settings change memory and speed
+    only.
+    `progress` is called with the number of finished completions.
     """
     device = next(model.parameters()).device
     shape = (len(prompts), max_new_tokens)
     tokens = torch.zeros(shape, dtype=torch.long, device=device)
-    record = {name: torch.zeros(shape, device=device) for name in RECORDED}
+    record = {name: torch.zeros(shape, device=device) for name in RECORDED_FIELDS}
     stop_tensor = torch.tensor(stop, device=device)
-    row_keys = torch.tensor(rows, dtype=torch.long, device=device)
-    batch, begun = None, 0
+    row_numbers = torch.tensor(rows, dtype=torch.long, device=device)
+    batch = None
+    started = 0
 
     with sampling_mode(model):
-        while batch is not None or begun < len(prompts):
-            free = batch_size if batch is None else (batch_size - len(batch.rows)) * batch.may_grow
-            if begun < len(prompts) and free:
-                entering = begin(model, prompts, range(begun, min(begun + free, len(prompts))))
-                batch, begun = entering if batch is None else batch.joined(entering), begun + len(entering.rows)
-            sampler = StatelessSampler(row_keys[batch.rows], batch.drawn, seed=seed, step=step,
-                                       temperature=temperature, collision=collision)
-            length = min(segment, max_new_tokens - int(batch.drawn.max()))
+        while batch is not None or started < len(prompts):
+            free = batch_size
+            if batch is not None:
+                free = batch_size - len(batch.rows) if batch.can_append else 0
+            if started < len(prompts) and free > 0:
+                new = prefill(model, prompts, range(started, min(started + free, len(prompts))))
+                batch = new if batch is None else batch.append(new)
+                started += len(new.rows)
+            sampler = StatelessSampler(
+                row_numbers[batch.rows],
+                batch.lengths,
+                seed=seed,
+                step=step,
+                temperature=temperature,
+                entropy_baseline=entropy_baseline,
+            )
             output = model.generate(
                 input_ids=batch.ids,
                 attention_mask=batch.attention,
                 past_key_values=batch.cache,
                 logits_processor=[sampler],
-                generation_config=generation_config(length, stop),
+                generation_config=generation_config(
+                    min(segment, max_new_tokens - int(batch.lengths.max())), stop
+                ),
             )
             count = output.sequences.shape[1] - batch.ids.shape[1]
-            new = torch.stack(sampler.tokens[:count], dim=1)
-            place = batch.rows[:, None], batch.drawn[:, None] + torch.arange(count, device=device)
-            tokens[place] = new
+            sampled = torch.stack(sampler.tokens[:count], dim=1)
+            index = batch.rows[:, None], batch.lengths[:, None] + torch.arange(count, device=device)
+            tokens[index] = sampled
             for name, values in record.items():
-                values[place] = torch.stack(sampler.record[name][:count], dim=1)
-            finished = torch.isin(new, stop_tensor).any(dim=1) | (batch.drawn + count == max_new_tokens)
+                values[index] = torch.stack(sampler.record[name][:count], dim=1)
+            finished = torch.isin(sampled, stop_tensor).any(dim=1) | (
+                batch.lengths + count == max_new_tokens
+            )
             if progress is not None:
                 progress(int(finished.sum()))
-            batch = batch.after(output.sequences, count, ~finished)
+            batch = batch.advance(output.sequences, count, ~finished)
 
     is_stop = torch.isin(tokens, stop_tensor)
     mask = is_stop.cumsum(dim=1) - is_stop.long() == 0  # no stop token *before* this position
     stopped = (is_stop & mask).any(dim=1)
-    width = int(mask.sum(dim=1).max()) if len(prompts) else 0
+    width = int(mask.sum(dim=1).max()) if prompts else 0
     record = {name: values.masked_fill(~mask, 0.0)[:, :width] for name, values in record.items()}
-    return Rollout(list(prompts), tokens.masked_fill(~mask, 0)[:, :width], mask[:, :width], stopped, **record)
-
-
-fits = math.inf  # completions at once, found out by running out of memory
-
-
-def draw(config, model, prompts: list[list[int]], rows: list[int], **more) -> Rollout:
-    """`sample` as config says; where memory runs out, fewer completions at once for the rest of the run."""
-
-    def attempt() -> Rollout:
-        return sample(model, prompts, rows, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
-                      batch_size=min(config.rollout.batch_size, fits), segment=config.rollout.segment, **more)
-
-    def halve() -> None:
-        global fits
-        at_once = min(config.rollout.batch_size, fits, len(prompts))
-        if at_once == 1:
-            raise Halted("out of memory in sampling with one completion at a time: give a smaller max_new_tokens, "
-                         "offload=true or more ranks")
-        fits = at_once // 2
-        tqdm.write(f"out of memory in sampling: rollout.batch_size={fits} from here on (rank {distributed.rank()})")
-
-    return memory.retried(attempt, halve)
-
-
-def decode(tokenizer, rollout: Rollout) -> list[str]:
-    """The text of each completion, special tokens left out."""
-    return tokenizer.batch_decode(
-        [row[mask].tolist() for row, mask in zip(rollout.tokens, rollout.mask)], skip_special_tokens=True
+    return Rollout(
+        list(prompts), tokens.masked_fill(~mask, 0)[:, :width], mask[:, :width], stopped, **record
     )
 
 
+def sampling_settings(config) -> dict:
+    """Return the settings of `sample` that training and evaluation share."""
+    return {
+        "max_new_tokens": config.max_new_tokens,
+        "temperature": config.temperature,
+        "batch_size": config.rollout.batch_size,
+        "segment": config.rollout.segment,
+    }
+
+
+@contextmanager
+def sampling_mode(model) -> Iterator[None]:
+    """Use eval(), no gradients and an empty generation config; restore everything afterwards.
+
+    The model's own generation_config would fill every field that ours leaves unset (a repetition
+    penalty, suppressed tokens ...), and the distribution that is sampled from would no longer be
+    the one that is trained.
+    """
+    generation = model.generation_config
+    training = model.training
+    model.generation_config = GenerationConfig()
+    model.eval()  # in train mode gradient checkpointing would also switch the KV cache off
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.generation_config = generation
+        model.train(training)
+
+
+def generation_config(max_new_tokens: int, stop: list[int]) -> GenerationConfig:
+    """Configure greedy `generate`, because StatelessSampler has already sampled the token.
+
+    Whatever else `generate` would do to the logits is switched off by name.
+    """
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        eos_token_id=stop,
+        pad_token_id=stop[0],  # only what `generate` writes after a finished row; it is never read
+        do_sample=False,
+        num_beams=1,
+        temperature=1.0,
+        top_p=1.0,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        min_new_tokens=0,
+        use_cache=True,
+        return_dict_in_generate=True,
+    )
+
+
+@dataclass
+class Batch:
+    """Holds the b unfinished completions that are sampled together, and their KV cache."""
+
+    rows: Tensor  # [b] index of the prompt
+    lengths: Tensor  # [b] tokens sampled so far
+    ids: Tensor  # [b, L] prompts and sampled tokens
+    attention: Tensor  # [b, L] 0 at the padding
+    cache: DynamicCache  # of all columns but the last, which `generate` takes next
+
+    @property
+    def can_append(self) -> bool:
+        """Return whether rows can be added: the cache of a sliding window cannot be padded."""
+        return all(type(layer) is DynamicLayer for layer in self.cache.layers)
+
+    def append(self, other: "Batch") -> "Batch":
+        """Add the rows of another batch; the narrower of the two is padded on the left.
+
+        The KV cache of this batch is changed in place.
+        """
+        width = max(self.ids.shape[1], other.ids.shape[1])
+        for mine, new in zip(self.cache.layers, other.cache.layers):
+            mine.keys = torch.cat(
+                [pad_left(mine.keys, width - 1, dim=-2), pad_left(new.keys, width - 1, dim=-2)]
+            )
+            mine.values = torch.cat(
+                [pad_left(mine.values, width - 1, dim=-2), pad_left(new.values, width - 1, dim=-2)]
+            )
+        return Batch(
+            torch.cat([self.rows, other.rows]),
+            torch.cat([self.lengths, other.lengths]),
+            torch.cat([pad_left(self.ids, width, dim=-1), pad_left(other.ids, width, dim=-1)]),
+            torch.cat(
+                [pad_left(self.attention, width, dim=-1), pad_left(other.attention, width, dim=-1)]
+            ),
+            self.cache,
+        )
+
+    def advance(self, sequences: Tensor, count: int, unfinished: Tensor) -> "Batch | None":
+        """Return the batch after `count` more tokens, without finished rows.
+
+        It is None if all rows have finished. Columns that are padding in all rows are dropped too.
+        The KV cache is changed in place.
+        """
+        if not unfinished.any():
+            return None
+        rows = unfinished.nonzero().squeeze(1)
+        attention = torch.cat(
+            [self.attention[rows], self.attention.new_ones(len(rows), count)], dim=1
+        )
+        if len(rows) < len(unfinished):
+            self.cache.batch_select_indices(rows)
+        padding = 0
+        if self.can_append:
+            padding = int(attention.argmax(dim=1).min())
+        if padding:
+            for layer in self.cache.layers:
+                layer.keys = layer.keys[..., padding:, :]
+                layer.values = layer.values[..., padding:, :]
+        return Batch(
+            self.rows[rows],
+            self.lengths[rows] + count,
+            sequences[rows, padding:],
+            attention[:, padding:],
+            self.cache,
+        )
+
+
+def prefill(model, prompts: list[list[int]], rows: range) -> Batch:
+    """Run the prompts of some rows through the model, each distinct prompt once."""
+    device = next(model.parameters()).device
+    distinct: dict[tuple[int, ...], int] = {}
+    for row in rows:
+        distinct.setdefault(tuple(prompts[row]), len(distinct))
+    width = max(2, *map(len, distinct))  # 2 or more, because the last is left to `generate`
+    ids = torch.tensor(
+        [[0] * (width - len(prompt)) + list(prompt) for prompt in distinct], device=device
+    )
+    attention = torch.tensor(
+        [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in distinct], device=device
+    )
+    cache = DynamicCache(config=model.config)
+    model.base_model(
+        ids[:, :-1],
+        attention_mask=attention[:, :-1],
+        past_key_values=cache,
+        use_cache=True,
+        position_ids=(attention[:, :-1].cumsum(dim=1) - 1).clamp(min=0),
+    )
+    copies = torch.tensor([distinct[tuple(prompts[row])] for row in rows], device=device)
+    cache.batch_select_indices(copies)
+    numbers = torch.tensor(list(rows), device=device)
+    return Batch(numbers, torch.zeros_like(numbers), ids[copies], attention[copies], cache)
+
+
+def pad_left(x: Tensor, size: int, *, dim: int) -> Tensor:
+    """Pad x with zeros on the left to `size`; `dim` is negative: -1 is the last."""
+    before_last = [0, 0] * (-1 - dim)
+    return functional.pad(x, [*before_last, size - x.shape[dim], 0])
+
+
+def decode(tokenizer, rollout: Rollout) -> list[str]:
+    """Return the text of each completion, without special tokens."""
+    ids = [row[mask].tolist() for row, mask in zip(rollout.tokens, rollout.mask)]
+    return tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+
+# ---------------------------------------------------------------- rescoring
+
+
 @torch.no_grad()
-def rescore(policy, sampled: Rollout, config, world) -> Rollout:
-    """The rollout with the current policy's record: what step 5 looks at after a first update."""
-    fresh = {name: torch.zeros_like(getattr(sampled, name)) for name in ("logprobs", "entropy", "collision")}
-    head, temperature = policy.get_output_embeddings(), config.temperature or 1.0
+def rescore(policy, rollout: Rollout, config, world) -> Rollout:
+    """Return the rollout with log-probabilities and entropies of the current policy.
 
-    def record(hidden, targets):
+    With several updates per rollout, training uses it before each of them: before the first so that
+    ratios contain no rounding of the KV cache, and later because the policy has changed.
+    """
+    head = policy.get_output_embeddings()
+    temperature = config.temperature or 1.0
+
+    def score(hidden: Tensor, targets: Tensor) -> Tensor:
         logits = head(hidden)
-        return torch.stack([grpo.token_logprobs(logits, targets, temperature=temperature),
-                            grpo.token_entropy(logits, temperature=temperature),
-                            grpo.token_collision(logits, temperature=temperature)], dim=1)
+        return torch.stack(
+            [
+                grpo.token_logprobs(logits, targets, temperature=temperature),
+                grpo.token_entropy(logits, temperature=temperature),
+                scope.entropy_baseline(logits, temperature=temperature),
+            ],
+            dim=1,
+        )
 
-    for rows in sampled.cut(range(len(sampled.mask)), config):
-        tokens, predicts = sampled.pack(rows)
-        mask = sampled.mask[rows]
+    scores = torch.zeros(*rollout.mask.shape, 3, device=rollout.mask.device)
+    for rows in rollout.micro_batches(config):
+        tokens, predicts_completion = rollout.pad(rows)
+        mask = rollout.mask[rows]
         with world.autocast():
-            hidden = hidden_states(policy, tokens)[predicts]
-            values = grpo.in_chunks(record, hidden, sampled.tokens[rows][mask], size=config.logits_chunk)
-        for name, column in zip(fresh, values.unbind(dim=1)):
-            block = torch.zeros(mask.shape, device=mask.device)
-            block[mask] = column
-            fresh[name][rows] = block
-    return Rollout(**vars(sampled) | fresh)
+            hidden = hidden_states(policy, tokens)[predicts_completion]
+            values = grpo.in_chunks(
+                score, hidden, rollout.tokens[rows][mask], size=config.logits_chunk
+            )
+        block = torch.zeros(*mask.shape, 3, device=mask.device)
+        block[mask] = values
+        scores[rows] = block
+    logprobs, entropy, entropy_baseline = scores.unbind(dim=2)
+    return dataclasses.replace(
+        rollout, logprobs=logprobs, entropy=entropy, entropy_baseline=entropy_baseline
+    )

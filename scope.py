@@ -1,11 +1,14 @@
-"""SCOPE: which tokens drive entropy collapse, and a KL penalty on just those.
+"""SCOPE: find the few tokens that drive entropy collapse, and make only those pay a KL penalty.
 
-The method is three functions: `redistribution_score` ranks tokens (Eq. 11), `select_tokens` takes the
-top q of the step (Eq. 12-13), `kl_divergence` is what they pay (Eq. 14-15). Below them, `decompose` and its
-helpers state where the score comes from: Proposition 1, S_v = L_v + R_v, and the identities of Appendix A.
+The method is three functions. `redistribution_score` scores every sampled token (Eq. 11),
+`select_tokens` takes the share q of the step's tokens with the highest score (Eq. 12-13), and
+`kl_divergence` is the penalty that these tokens pay (Eq. 14-15). Below them, `decompose` and its
+helpers show where the score comes from: Proposition 1, S_v = L_v + R_v, and the identities of
+Appendix A. What goes beyond the paper comes last.
 
-Equation numbers are those of "A Few Bad Apples Spoil the Bunch" (ACL Findings 2026). N counts the valid
-completion tokens of a whole optimizer step, over all ranks: flat vectors, so no padding to mask.
+Equation numbers are those of "A Few Bad Apples Spoil the Bunch" (ACL Findings 2026). N is the
+number of completion tokens of a whole optimizer step, over all ranks. Vectors [N] are flat:
+they hold no padding, so nothing is masked here.
 """
 
 from collections.abc import Callable
@@ -18,7 +21,7 @@ from torch import Tensor
 
 
 def redistribution_score(probs: Tensor, advantages: Tensor) -> Tensor:
-    """s = p (1 - p) [A]+ for sampled tokens of probability p; any broadcastable shapes.  Eq. 11, 48
+    """Score sampled tokens by s = p (1 - p) max(A, 0).  Shapes may broadcast.  Eq. 11, 48
 
     >>> redistribution_score(torch.tensor([0.5, 0.5, 0.9]), torch.tensor([2.0, -2.0, 2.0]))
     tensor([0.5000, 0.0000, 0.1800])
@@ -27,44 +30,11 @@ def redistribution_score(probs: Tensor, advantages: Tensor) -> Tensor:
 
 
 def covariance_score(logprobs: Tensor, advantages: Tensor) -> Tensor:
-    """C = (log p - mean log p) (A - mean A), means over the step's tokens.  [N], [N] -> [N]  KL-Cov, Cui et al. 2025"""
+    """Score tokens by (log p - mean log p) (A - mean A), means over the step.  [N] -> [N]
+
+    KL-Cov, Cui et al. 2025.
+    """
     return (logprobs - logprobs.mean()) * (advantages - advantages.mean())
-
-
-def entropy_change_score(logprobs: Tensor, entropy: Tensor, advantages: Tensor, collision: Tensor) -> Tensor:
-    """[-dH/eta]+: how fast a step of size eta along A (1[y] - pi) lowers the entropy at this token's context.
-
-    To first order dH = -eta A [p_y (log p_y + H) - sum_v pi(v)^2 (log pi(v) + H)]; `collision` is that sum. Unlike
-    p (1 - p) it is not symmetric: a rewarded token rarer than e^-H raises the entropy and scores 0.  All [N] -> [N]
-    """
-    return (advantages * (logprobs.exp() * (logprobs + entropy) - collision)).clamp(min=0)
-
-
-def sibling_gap(tokens: Tensor, mask: Tensor, advantages: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """alpha - beta, estimated from the group: what R = (1 - 2p) p (1 - p) (alpha - beta) lacks (Eq. 9, A.12).
-
-    The siblings of a token are the completions of its problem, its own included, that agree with its own up to it.
-    alpha is the mean [A]+ of those that go on with the same token, beta of those that go on with another one. Returns
-    the gap [B, C], 0 where nobody goes another way, and where somebody does [B, C] bool. tokens, mask [B, C], A [B].
-    """
-    tokens, mask = (x.view(-1, group_size, x.shape[1]) for x in (tokens, mask))
-    both = mask[:, :, None] & mask[:, None]  # [problems, G, G, C]
-    same = (tokens[:, :, None] == tokens[:, None]) & both
-    before = torch.cat([torch.ones_like(same[..., :1]), same[..., :-1]], dim=-1).long().cumprod(dim=-1).bool()
-    positive = advantages.clamp(min=0).view(-1, 1, group_size, 1)
-
-    def mean_over(siblings):
-        return (positive * siblings).sum(dim=2) / siblings.sum(dim=2).clamp(min=1)
-
-    together, apart = before & same, before & both & ~same
-    branching = apart.any(dim=2)
-    gap = (mean_over(together) - mean_over(apart)) * branching
-    return gap.flatten(0, 1), branching.flatten(0, 1)
-
-
-def recovered_score(probs: Tensor, advantages: Tensor, gap: Tensor) -> Tensor:
-    """(L + R) / 2 with the residual estimated: p (1 - p) ([A]+ + (1 - 2p) gap / 2), and no less than 0.  All [N]"""
-    return (redistribution_score(probs, advantages) + probs * (1 - probs) * (1 - 2 * probs) * gap / 2).clamp(min=0)
 
 
 def select_tokens(
@@ -76,146 +46,142 @@ def select_tokens(
     advantages: Tensor,
     seed: int,
     forking_fraction: float = 0.2,
-    collision: Tensor | None = None,
-    gap: Tensor | None = None,
+    entropy_baseline: Tensor | None = None,
+    alpha_minus_beta: Tensor | None = None,
 ) -> Tensor:
-    """Which of the step's N valid tokens pay the KL penalty.  [N], [N], [N] -> bool [N]
+    """Select which of the step's N valid tokens pay the KL penalty.  [N], [N], [N] -> bool [N]
 
-    The budget is K = round(fraction * N). Each strategy gives its tokens a priority and a candidate set;
-    the K candidates of highest priority are taken, or all of them if there are fewer. Ties, and with them
-    the strategies whose priority is constant, go at random by `seed`; the same arguments give the same mask.
-    Forking tokens are the `forking_fraction` of highest entropy; `collision` is for `entropy_change` only, `gap`
-    for `residual`.
+    Of the strategy's candidates, the K = round(fraction * N) with the highest score are selected,
+    or K at random if the strategy has no score. If there are fewer than K candidates, all are
+    selected. Ties are broken at random. Random choices depend on `seed` only, so the same arguments
+    give the same selection. Forking tokens are the share `forking_fraction` of tokens with the
+    highest entropy. `entropy_baseline` and `alpha_minus_beta` are only for strategies beyond the
+    paper.
 
-    One departure from Eq. 13: `s >= quantile` selects *every* token when fewer than q of them have s > 0
-    (the quantile is then 0). Here only s > 0 can be selected, and the count is K exactly.
+    This departs from Eq. 13 in one point. Eq. 13 selects every token with s >= the (1 -
+    q)-quantile, and when fewer than q N tokens have s > 0 that quantile is 0, so that *all* tokens
+    would be selected. Here only tokens with s > 0 are candidates, and never more than K are
+    selected.
     """
     if strategy not in STRATEGIES:
-        raise ValueError(f"unknown strategy {strategy!r}: choose from {', '.join(STRATEGIES)}")
+        raise ValueError(f"unknown strategy {strategy!r}: choose one of {', '.join(STRATEGIES)}")
     if not 0 <= fraction <= 1 or not 0 < forking_fraction < 1:
-        raise ValueError(f"fraction {fraction}, forking_fraction {forking_fraction}: give shares of the tokens, 0 to 1")
+        raise ValueError(
+            f"fraction {fraction} and forking_fraction {forking_fraction} must lie between 0 and 1"
+        )
     if not logprobs.shape == entropy.shape == advantages.shape or logprobs.ndim != 1:
-        raise ValueError(f"need flat vectors of one length, got logprobs {tuple(logprobs.shape)}, "
-                         f"entropy {tuple(entropy.shape)}, advantages {tuple(advantages.shape)}")
-    rank, share, needs_collision, needs_siblings = STRATEGIES[strategy]
-    if needs_collision and collision is None:
-        raise ValueError(f"{strategy} needs collision, sum_v pi(v)^2 (log pi(v) + H) at each token")
-    if needs_siblings and gap is None:
-        raise ValueError(f"{strategy} needs gap, alpha - beta at each token: see sibling_gap")
-    logprobs, entropy, advantages = logprobs.detach(), entropy.detach(), advantages.detach()
+        raise ValueError(
+            f"need flat vectors of one length, got logprobs {tuple(logprobs.shape)}, "
+            f"entropy {tuple(entropy.shape)}, advantages {tuple(advantages.shape)}"
+        )
+    record = STRATEGIES[strategy]
+    if record.needs_entropy_baseline and entropy_baseline is None:
+        raise ValueError(f"{strategy} needs entropy_baseline: see entropy_change_score")
+    if record.uses_group and alpha_minus_beta is None:
+        raise ValueError(f"{strategy} needs alpha_minus_beta: see group_alpha_minus_beta")
     n = logprobs.numel()
-    # One random order of the tokens; stable sorts keep it among equals. On CPU: one stream for all devices.
+    # One random order of the tokens breaks all ties. It is drawn on the CPU, so every device gets
+    # the same order.
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).to(logprobs.device)
-    everyone = torch.ones_like(logprobs, dtype=torch.bool)
-    forking = top_k(entropy, everyone, round(forking_fraction * n), order)
-    priority, candidates = rank(StepTokens(logprobs, entropy, advantages, collision, gap, forking))
-    return top_k(priority, candidates, round((fraction if share is None else share) * n), order)
+    entropy = entropy.detach()
+    forking = top_k(
+        entropy, torch.ones_like(entropy, dtype=torch.bool), round(forking_fraction * n), order
+    )
+    tokens = StepTokens(
+        logprobs.detach(), entropy, advantages.detach(), forking, entropy_baseline, alpha_minus_beta
+    )
+    if record.fraction is not None:
+        fraction = record.fraction
+    score = torch.zeros_like(tokens.logprobs)
+    if record.score is not None:
+        score = record.score(tokens)
+    return top_k(score, record.candidates(tokens), round(fraction * n), order)
 
 
-def top_k(priority: Tensor, candidates: Tensor, k: int, order: Tensor) -> Tensor:
-    """The k candidates of highest priority, equals in the given order.  [N], bool [N], [N] -> bool [N]"""
+def top_k(score: Tensor, candidates: Tensor, k: int, order: Tensor) -> Tensor:
+    """Mark the k candidates with the highest score, ties broken by `order`.  All [N]"""
     order = order[candidates[order]]
+    ranking = order[score[order].sort(descending=True, stable=True).indices]
     selected = torch.zeros_like(candidates)
-    selected[order[priority[order].sort(descending=True, stable=True).indices[:k]]] = True
+    selected[ranking[:k]] = True
     return selected
 
 
-def at_random(candidates: Tensor) -> tuple[Tensor, Tensor]:
-    """Equal priorities: the random order decides."""
-    return torch.zeros(candidates.shape, device=candidates.device), candidates
+def kl_divergence(logits: Tensor, reference_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """Return the full-vocabulary KL(policy || reference) in nats.  [.., V] -> [..]  Eq. 14
+
+    The sum runs over the whole vocabulary. An estimate from the sampled token (k3, below) would be
+    biased, because that same token decided whether the position was selected. The gradient with
+    respect to logit v is pi(v) (log pi(v)/pi_ref(v) - KL) / temperature; the reference gets no
+    gradient. bf16 logits are converted to fp32.
+    """
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    logp = torch.log_softmax(logits.to(dtype) / temperature, dim=-1)
+    log_ref = torch.log_softmax(reference_logits.detach().to(dtype) / temperature, dim=-1)
+    return (logp.exp() * (logp - log_ref)).sum(dim=-1)
 
 
-def largest_positive(score: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest scores, among those above 0."""
-    return score, score > 0
-
-
-def geometry(logprobs: Tensor) -> Tensor:
-    """p (1 - p) of the sampled tokens: the score without its advantage.  [N] -> [N]"""
-    return logprobs.exp() * (1 - logprobs.exp())
+# ---------------------------------------------------------------- strategies: the rows of Table 1
 
 
 class StepTokens(NamedTuple):
-    """The step's N valid tokens, flat: what a strategy may look at."""
+    """Holds what a strategy may look at, as vectors [N] of the step's tokens."""
 
     logprobs: Tensor
     entropy: Tensor
     advantages: Tensor
-    collision: Tensor | None
-    gap: Tensor | None
-    forking: Tensor  # bool, the tokens of highest entropy
+    forking: Tensor  # bool: the tokens with the highest entropy
+    entropy_baseline: Tensor | None
+    alpha_minus_beta: Tensor | None
 
 
 class Strategy(NamedTuple):
-    """Everything about a selection strategy; the rest of the code knows none by name."""
+    """Describes one selection strategy."""
 
-    rank: Callable[[StepTokens], tuple[Tensor, Tensor]]  # -> priority [N], candidates bool [N]
-    share: float | None = None  # of all tokens, where the budget is not selection.fraction
-    needs_collision: bool = False  # the sampler has to record it: see entropy_change_score
-    needs_siblings: bool = False  # alpha - beta within the group: see sibling_gap
+    candidates: Callable[[StepTokens], Tensor]  # which tokens may be selected, bool [N]
+    score: Callable[[StepTokens], Tensor] | None = None  # [N], highest first; None: at random
+    fraction: float | None = None  # a fixed share of the tokens, instead of selection.fraction
+    needs_entropy_baseline: bool = False  # the sampler has to record entropy_baseline
+    uses_group: bool = False  # the score compares the completions of a group
 
     @property
     def selects(self) -> bool:
-        return self.share != 0
+        return self.fraction != 0
 
 
-# The paper's Table 1, between its two anchors, no token and every token.
+def every_token(tokens: StepTokens) -> Tensor:
+    return torch.ones_like(tokens.forking)
+
+
+def scope_score(tokens: StepTokens) -> Tensor:
+    return redistribution_score(tokens.logprobs.exp(), tokens.advantages)
+
+
 STRATEGIES = {
-    "none": Strategy(lambda t: at_random(torch.zeros_like(t.forking)), share=0.0),  # plain GRPO
-    "uniform": Strategy(lambda t: at_random(torch.ones_like(t.forking))),
-    "positive": Strategy(lambda t: at_random(t.advantages > 0)),
-    "forking": Strategy(lambda t: at_random(t.forking)),
-    "forking_positive": Strategy(lambda t: at_random(t.forking & (t.advantages > 0))),
-    "non_forking": Strategy(lambda t: at_random(~t.forking)),
-    "covariance": Strategy(lambda t: (covariance_score(t.logprobs, t.advantages), torch.ones_like(t.forking))),
-    "scope": Strategy(lambda t: largest_positive(redistribution_score(t.logprobs.exp(), t.advantages))),
-    "all": Strategy(lambda t: at_random(torch.ones_like(t.forking)), share=1.0),
-    # Beyond the paper: the residual recovered, the exact entropy change, and the score taken apart.
-    "residual": Strategy(lambda t: largest_positive(recovered_score(t.logprobs.exp(), t.advantages, t.gap)),
-                         needs_siblings=True),
-    "entropy_change": Strategy(
-        lambda t: largest_positive(entropy_change_score(t.logprobs, t.entropy, t.advantages, t.collision)),
-        needs_collision=True),
-    "geometry": Strategy(lambda t: largest_positive(geometry(t.logprobs))),  # p (1 - p) alone
-    "advantage": Strategy(lambda t: largest_positive(t.advantages)),  # [A]+ alone
-    "magnitude": Strategy(lambda t: largest_positive(geometry(t.logprobs) * t.advantages.abs())),  # sign-blind
+    "none": Strategy(every_token, fraction=0.0),  # plain GRPO
+    "uniform": Strategy(every_token),
+    "positive": Strategy(lambda tokens: tokens.advantages > 0),
+    "forking": Strategy(lambda tokens: tokens.forking),
+    "forking_positive": Strategy(lambda tokens: tokens.forking & (tokens.advantages > 0)),
+    "non_forking": Strategy(lambda tokens: ~tokens.forking),
+    "covariance": Strategy(
+        every_token, lambda tokens: covariance_score(tokens.logprobs, tokens.advantages)
+    ),
+    "scope": Strategy(lambda tokens: scope_score(tokens) > 0, scope_score),
+    "all": Strategy(every_token, fraction=1.0),  # the usual KL penalty on every token
 }
-
-
-def kl_divergence(logits: Tensor, reference_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """Full-vocabulary D = KL(policy || reference) at each position, nats.  [.., V], [.., V] -> [..]  Eq. 14
-
-    Over the whole vocabulary, not the sampled token: the choice of a token depends on which token was
-    sampled, and an estimate from that same sample (k3) is then biased. The gradient with respect to
-    logit v is pi(v) (log pi(v)/pi_ref(v) - D) / temperature; the reference gets none. bf16 logits are taken to fp32.
-    """
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    logp = torch.log_softmax(logits.to(wide) / temperature, dim=-1)
-    log_ref = torch.log_softmax(reference_logits.detach().to(wide) / temperature, dim=-1)
-    return (logp.exp() * (logp - log_ref)).sum(dim=-1)
-
-
-def k3(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
-    """exp(d) - d - 1 with d = log pi_ref(y) - log pi(y), of sampled tokens: Schulman's one-sample estimate.  [n] -> [n]
-
-    Its mean over y ~ pi is KL(pi || pi_ref), but the mean of its gradient is that of the *other* direction,
-    KL(pi_ref || pi); and on tokens selected by what was sampled not even the mean is right.
-    """
-    # e^10 is weight enough: unbounded, one token that the policy has all but ruled out overflows the whole update.
-    difference = (reference_logprobs.detach() - logprobs).clamp(max=10)
-    return difference.exp() - difference - 1
 
 
 # ------------------------------------------- where the score comes from: Section 3.2 and Appendix A
 #
-# One context, one softmax p over V tokens. alpha_v = E[|A| given y = v] >= 0 is the mean advantage magnitude
-# of the trajectories that go on with token v. Everything below is exact: no expectation is sampled.
-# Sums "over the others" are taken without the token itself, not as total minus own: at p_v near 1 that
-# difference would keep no correct digit.
+# One context, one softmax p over V tokens. alpha_v = E[|A| given y = v] >= 0 is the mean advantage
+# magnitude of the trajectories that continue with token v. Everything below is exact: no
+# expectation is sampled. Sums over the *other* tokens are added up without token v. Subtracting
+# its term from the total would leave no correct digit when p_v is near 1.
 
 
 def over_others(values: Tensor) -> Tensor:
-    """sum_{u != v} values_u for every v, without subtraction.  [.., V] -> [.., V]"""
+    """Return sum_{u != v} values_u for every v, without subtraction.  [.., V] -> [.., V]"""
     zero = torch.zeros_like(values[..., :1])
     before = torch.cat([zero, values[..., :-1].cumsum(-1)], dim=-1)
     after = torch.cat([values[..., 1:].flip(-1).cumsum(-1).flip(-1), zero], dim=-1)
@@ -223,32 +189,44 @@ def over_others(values: Tensor) -> Tensor:
 
 
 def score_jacobian(probs: Tensor) -> Tensor:
-    """d log p(y) / d z_v = 1[y = v] - p_v for every y (rows) and v (columns).  [V] -> [V, V]  Prop. 2, Eq. 20"""
+    """Return d log p(y) / d z_v = 1[y = v] - p_v for all y (rows), v (columns).  Prop. 2, Eq. 20"""
     return torch.eye(len(probs), dtype=probs.dtype, device=probs.device) - probs
 
 
 def conditional_score(probs: Tensor, mean_advantage: Tensor) -> Tensor:
-    """g_v = E[A (1[y = v] - p_v)] = Cov(A, 1[y = v]), mean_advantage_v = E[A given y = v], signed.  Prop. 3, Eq. 22"""
+    """Return g_v = E[A (1[y = v] - p_v)] = Cov(A, 1[y = v]).  [.., V]  Prop. 3, Eq. 22
+
+    mean_advantage_v = E[A given y = v] is signed, while alpha_v is the mean magnitude.
+    """
     return coupling(probs, mean_advantage)
 
 
 def advantage_scale(probs: Tensor, alpha: Tensor) -> Tensor:
-    """A_scale = E|A| = sum_u p_u alpha_u.  [.., V], [.., V] -> [.., 1]  Eq. 30"""
+    """Return A_scale = E|A| = sum_u p_u alpha_u.  [.., V], [.., V] -> [.., 1]  Eq. 30"""
     return (probs * alpha).sum(dim=-1, keepdim=True)
 
 
 def mean_without(probs: Tensor, alpha: Tensor) -> Tensor:
-    """beta_v = E[|A| given y != v] = sum_{u != v} p_u alpha_u / (1 - p_v).  [.., V] -> [.., V]  Eq. 25, 29"""
+    """Return beta_v = E[|A| given y != v].  [.., V] -> [.., V]  Eq. 25, 29
+
+    beta_v = sum_{u != v} p_u alpha_u / (1 - p_v).
+    """
     return over_others(probs * alpha) / over_others(probs)
 
 
 def deviation(probs: Tensor, alpha: Tensor) -> Tensor:
-    """delta_v = alpha_v - A_scale = (1 - p_v) (alpha_v - beta_v).  [.., V] -> [.., V]  Def. 7, Eq. 41"""
+    """Return delta_v = alpha_v - A_scale.  [.., V] -> [.., V]  Def. 7, Eq. 41
+
+    delta_v = (1 - p_v) (alpha_v - beta_v).
+    """
     return over_others(probs) * alpha - over_others(probs * alpha)
 
 
 def coupling(probs: Tensor, alpha: Tensor) -> Tensor:
-    """Cov(|A|, 1[y = v]) = p_v delta_v = p_v (1 - p_v) (alpha_v - beta_v).  [.., V] -> [.., V]  Eq. 40, 42"""
+    """Return Cov(|A|, 1[y = v]) = p_v delta_v.  [.., V] -> [.., V]  Eq. 40, 42
+
+    It is p_v (1 - p_v) (alpha_v - beta_v).
+    """
     return probs * deviation(probs, alpha)
 
 
@@ -261,21 +239,24 @@ class Decomposition(NamedTuple):
 
 
 def decompose(probs: Tensor, abs_advantage: Tensor, *, eta: float = 1.0) -> Decomposition:
-    """Proposition 1, exact: how far one update is expected to push the logit of each token v, and why.
+    """Compute Proposition 1 exactly: how far one update pushes each logit v, and why.
 
-    S_v = E|Delta_v| = eta p_v (1 - p_v) (alpha_v + beta_v)    expected magnitude of the push    Prop. 4, Eq. 27
-    L_v = 2 eta A_scale p_v (1 - p_v)                          geometry: what SCOPE's score keeps      Eq. 8, 45
-    R_v = eta (1 - 2 p_v) Cov(|A|, 1[y = v])                   coupling: what it drops             Eq. 9, 44, 46
+    S_v = E|Delta_v| = eta p_v (1 - p_v) (alpha_v + beta_v)   the whole push     Prop. 4, Eq. 27
+    L_v = 2 eta A_scale p_v (1 - p_v)                         in the score       Eq. 8, 45
+    R_v = eta (1 - 2 p_v) Cov(|A|, 1[y = v])                  not in the score   Eq. 9, 44, 46
 
-    S is computed from its own definition, not as L + R, so that S = L + R (Eq. 47) is a fact to check.
-    probs [.., V] sums to 1 over V, abs_advantage [.., V] is alpha_v >= 0; use float64 for tight checks.
+    S is computed from its own definition and not as L + R, so that S = L + R (Eq. 47) can be
+    checked. probs [.., V] sums to 1 over V; abs_advantage [.., V] is alpha_v >= 0. Use float64 for
+    tight checks.
 
     >>> S, L, R = decompose(torch.tensor([0.7, 0.3]), torch.tensor([1.0, 3.0]))
     >>> S, L + R
     (tensor([0.8400, 0.8400]), tensor([0.8400, 0.8400]))
     """
     if probs.shape != abs_advantage.shape:
-        raise ValueError(f"probs {tuple(probs.shape)} and abs_advantage {tuple(abs_advantage.shape)} differ in shape")
+        raise ValueError(
+            f"shapes differ: probs {tuple(probs.shape)}, abs_advantage {tuple(abs_advantage.shape)}"
+        )
     others = over_others(probs)  # 1 - p_v
     S = eta * probs * (others * abs_advantage + over_others(probs * abs_advantage))
     L = 2 * eta * advantage_scale(probs, abs_advantage) * probs * others
@@ -284,6 +265,111 @@ def decompose(probs: Tensor, abs_advantage: Tensor, *, eta: float = 1.0) -> Deco
 
 
 def residual_ratio(probs: Tensor, abs_advantage: Tensor) -> Tensor:
-    """|R_v| / L_v = |1 - 2 p_v| |alpha_v - beta_v| / (2 A_scale): how loose the score is; 0 at p = 1/2.  Eq. 52, 53"""
-    gap = abs_advantage - mean_without(probs, abs_advantage)
-    return (1 - 2 * probs).abs() * gap.abs() / (2 * advantage_scale(probs, abs_advantage))
+    """Return |R_v| / L_v, how much the score leaves out.  Eq. 52, 53
+
+    It is |1 - 2 p_v| |alpha_v - beta_v| / (2 A_scale).
+    """
+    alpha_minus_beta = abs_advantage - mean_without(probs, abs_advantage)
+    return (
+        (1 - 2 * probs).abs() * alpha_minus_beta.abs() / (2 * advantage_scale(probs, abs_advantage))
+    )
+
+
+def k3(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
+    """Return Schulman's one-sample estimate of the KL, exp(d) - d - 1.  [n] -> [n]
+
+    Here d = log pi_ref(y) - log pi(y). Training does not use it; the tests show why. Its mean over
+    y ~ pi is KL(pi || pi_ref), but the mean of its gradient is that of the *other* direction,
+    KL(pi_ref || pi). On tokens selected by what was sampled, even its mean is wrong.
+    """
+    # Without the clamp, one token with near-zero policy probability would overflow exp().
+    difference = (reference_logprobs.detach() - logprobs).clamp(max=10)
+    return difference.exp() - difference - 1
+
+
+# ---------------------------------------------------------------- beyond the paper
+
+
+def entropy_baseline(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """Return sum_v pi(v)^2 (log pi(v) + H) at each position.  [.., V] -> [..]
+
+    `entropy_change_score` needs it.
+    """
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    logprobs = torch.log_softmax(logits.to(dtype) / temperature, dim=-1)
+    entropy = -(logprobs.exp() * logprobs).sum(dim=-1, keepdim=True)
+    return ((2 * logprobs).exp() * (logprobs + entropy)).sum(dim=-1)
+
+
+def entropy_change_score(
+    logprobs: Tensor, entropy: Tensor, advantages: Tensor, entropy_baseline: Tensor
+) -> Tensor:
+    """Score tokens by the entropy that their policy gradient takes away.  All [N] -> [N]
+
+    A step of size eta along A (1[y] - pi) changes the entropy at this token's context by dH = -eta
+    A [p_y (log p_y + H) - sum_v pi(v)^2 (log pi(v) + H)]. The score is max(-dH / eta, 0), and
+    `entropy_baseline` is the sum over v. p (1 - p) cannot tell p from 1 - p, but this score can:
+    reinforcing a token that is rarer than e^-H raises the entropy, and such a token scores 0.
+    """
+    return (advantages * (logprobs.exp() * (logprobs + entropy) - entropy_baseline)).clamp(min=0)
+
+
+def group_alpha_minus_beta(
+    tokens: Tensor, mask: Tensor, advantages: Tensor, group_size: int
+) -> tuple[Tensor, Tensor]:
+    """Estimate alpha - beta, the unknown factor in R, from the group.  Eq. 9, A.12
+
+    R = (1 - 2p) p (1 - p) (alpha - beta). The siblings of a token are the completions of the same
+    group that are equal to its completion before this position; that completion is one of them.
+    alpha is the mean of max(A, 0) over the siblings that continue with the same token, beta over
+    those that continue with another one. tokens and mask [B, C], advantages [B]. Returns
+    alpha - beta [B, C], which is 0 where no sibling continues with another token, and
+    branching [B, C], bool: where one does.
+    """
+    tokens = tokens.view(-1, group_size, tokens.shape[1])
+    mask = mask.view(-1, group_size, mask.shape[1])
+    both_valid = mask[:, :, None] & mask[:, None]  # [problems, G, G, C]
+    same_token = (tokens[:, :, None] == tokens[:, None]) & both_valid
+    start = torch.ones_like(same_token[..., :1])
+    same_before = torch.cat([start, same_token[..., :-1]], dim=-1).long().cumprod(dim=-1).bool()
+    positive = advantages.clamp(min=0).view(-1, 1, group_size, 1)
+
+    def mean_over(siblings: Tensor) -> Tensor:
+        return (positive * siblings).sum(dim=2) / siblings.sum(dim=2).clamp(min=1)
+
+    together = same_before & same_token
+    apart = same_before & both_valid & ~same_token
+    branching = apart.any(dim=2)
+    alpha_minus_beta = (mean_over(together) - mean_over(apart)) * branching
+    return alpha_minus_beta.flatten(0, 1), branching.flatten(0, 1)
+
+
+def residual_score(probs: Tensor, advantages: Tensor, alpha_minus_beta: Tensor) -> Tensor:
+    """Score tokens by (L + R) / 2, with R estimated and at least 0.  [N]
+
+    That is p (1 - p) ([A]+ + (1 - 2p) (alpha - beta) / 2).
+    """
+    residual = probs * (1 - probs) * (1 - 2 * probs) * alpha_minus_beta / 2
+    return (redistribution_score(probs, advantages) + residual).clamp(min=0)
+
+
+def step_residual_score(tokens: StepTokens) -> Tensor:
+    return residual_score(tokens.logprobs.exp(), tokens.advantages, tokens.alpha_minus_beta)
+
+
+def step_entropy_change(tokens: StepTokens) -> Tensor:
+    return entropy_change_score(
+        tokens.logprobs, tokens.entropy, tokens.advantages, tokens.entropy_baseline
+    )
+
+
+STRATEGIES |= {
+    "residual": Strategy(
+        lambda tokens: step_residual_score(tokens) > 0, step_residual_score, uses_group=True
+    ),
+    "entropy_change": Strategy(
+        lambda tokens: step_entropy_change(tokens) > 0,
+        step_entropy_change,
+        needs_entropy_baseline=True,
+    ),
+}

@@ -1,15 +1,14 @@
-"""The embedded default: a tiny base model that knows Countdown's form and some arithmetic, but no planning.
+"""The embedded default: a tiny model that knows Countdown's form but does not plan.
 
-It is warm-started on random valid chains whose target is whatever they happen to reach (data.random_chain),
-so it samples many different valid chains and few that hit a given target: room for RL to sharpen, and
-diversity for it to lose. Saved as an ordinary HF folder and reused until its recipe changes.
+It is trained by next-token prediction on random valid chains whose target is whatever they reach
+(data.random_chain). So it writes many different valid chains, of which few reach a given target:
+there is something to learn, and diversity to lose. It is saved as an ordinary Hugging Face folder
+and reused as long as its recipe is the same.
 """
 
 import json
 import math
 import random
-import time
-import zlib
 from pathlib import Path
 
 import torch
@@ -18,18 +17,70 @@ from tokenizers.models import WordLevel
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, SeedOssConfig, SeedOssForCausalLM
 
-from data import fill, is_heldout, random_chain
-from support import distributed, models, processes
-from support.config import UserError, print_notes
-from support.files import replace_folder
+from data import format_prompt, is_heldout, random_chain
+from support import models
+from support.config import require
+from support.files import fingerprint, lock, replace_folder
 
 SYMBOLS = ["<pad>", "<eos>", "+", "-", "*", "/", "=", ",", "->", ":"]
+OTHER_KINDS = (
+    (3, 20),
+    (5, 20),
+    (4, 50),
+)  # it also sees problems with so many numbers, up to so much
+HEADS = 4
+INTERMEDIATE = 256
+LEARNING_RATE = 3e-3
+
+
+def resolve_model(config, world, name: str | None = None) -> str:
+    """Return the folder or hub name of `model=`; for `toy` train the base model if needed."""
+    name = name or config.model
+    if name != "toy":
+        return name
+    recipe = make_recipe(config)
+    folder = Path("runs") / f"toy-base-{fingerprint(recipe)}"
+    if world.is_main and not folder.exists():
+        with lock(
+            folder.with_name("toy-base.lock"), wait=True
+        ):  # another run may be training the same one
+            if not folder.exists():
+                save_base_model(folder, recipe)
+    world.barrier()
+    return str(folder)
+
+
+def make_recipe(config) -> dict:
+    """Return everything that the base model depends on.
+
+    It has samples of the training data, in case the generator changes.
+    """
+    recipe = {
+        "prompt": config.prompt.countdown,
+        "countdown": vars(config.countdown),
+        "toy": vars(config.toy),
+    }
+    examples = random_pairs(5, random.Random(config.toy.seed), recipe)
+    return recipe | {
+        "examples": examples,
+        "constants": [OTHER_KINDS, HEADS, INTERMEDIATE, LEARNING_RATE],
+    }
+
+
+def save_base_model(folder: Path, recipe: dict) -> None:
+    """Train the base model and save it with its recipe."""
+    model, tokenizer = warm_start(recipe)
+    with replace_folder(folder) as unfinished:
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        (unfinished / "recipe.json").write_text(json.dumps(recipe, indent=1) + "\n")
 
 
 def make_tokenizer(limit: int) -> PreTrainedTokenizerFast:
-    """One token a word: the symbols and every number from 0 to `limit`.
+    """Make a tokenizer with one token per word: the symbols and every number from 0 to `limit`.
 
-    The words are added tokens too, which are matched before anything else is split: `3*5=15` needs no spaces.
+    The words are added tokens too, which are matched before the text is split: `3*5=15` needs no
+    spaces.
     """
     words = SYMBOLS + [str(number) for number in range(limit + 1)]
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
@@ -38,120 +89,110 @@ def make_tokenizer(limit: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
 
 
-def chains(count: int, rng: random.Random, *, prompt: str, countdown: dict, also: str = "") -> list[tuple[str, str]]:
-    """`count` random problems as (prompt, chain), none of them held out for evaluation.
-
-    Of the kind that `countdown` says and, in equal parts, of those in `also`: "3x20,5x20" is 3 or 5 numbers up to 20.
-    """
-    kinds = [countdown]
-    for numbers, largest in (kind.split("x") for kind in also.split(",") if kind):
-        kinds.append(countdown | {"numbers": int(numbers), "largest": int(largest)})
+def random_pairs(count: int, rng: random.Random, recipe: dict) -> list[tuple[str, str]]:
+    """Return `count` random problems as (prompt, chain), none of them held out for evaluation."""
+    kinds = [recipe["countdown"]]
+    for numbers, largest in OTHER_KINDS:
+        if largest <= recipe["countdown"]["limit"]:
+            kinds.append(recipe["countdown"] | {"numbers": numbers, "largest": largest})
     pairs = []
     while len(pairs) < count:
         problem, chain = random_chain(rng, **rng.choice(kinds))
         if not is_heldout(**problem):
-            pairs.append((fill(prompt, problem), chain))
+            pairs.append((format_prompt(recipe["prompt"], problem), chain))
     return pairs
 
 
-def model_folder(model: str, config) -> str:
-    """The folder or hub name to load: `model` itself, or for `toy` the base model, made by rank 0 if need be."""
-    if model != "toy":
-        return model
-    settings = {"prompt": config.prompt.countdown, "countdown": vars(config.countdown), "toy": vars(config.toy)}
-    folder = Path("runs") / f"toy-base-{zlib.crc32(make_recipe(**settings).encode()):08x}"
-    if distributed.rank() == 0:
-        base_model(folder, **settings)
-    distributed.barrier()
-    return str(folder)
-
-
-def make_recipe(*, prompt: str, countdown: dict, toy: dict) -> str:
-    """Everything that makes the base model what it is, as text; with samples of its data, so that a change
-    to the problem generator is a change of the recipe too."""
-    examples = chains(5, random.Random(toy["seed"]), prompt=prompt, countdown=countdown, also=toy["also"])
-    return json.dumps({"prompt": prompt, "countdown": countdown, "toy": toy, "examples": examples}, indent=1)
-
-
-def base_model(folder: Path, *, prompt: str, countdown: dict, toy: dict) -> Path:
-    """The base model made by these settings in `folder`: as it stands if it is there and whole, else trained now.
-
-    By one process at a time: others wait for it, and then find it there.
-    """
-    recipe = make_recipe(prompt=prompt, countdown=countdown, toy=toy)
-    if is_there(folder, recipe):
-        return folder
-    with processes.only_one(folder.with_name(f"{folder.name}.lock"), wait=True):
-        if not is_there(folder, recipe):
-            model, tokenizer = warm_start(prompt=prompt, countdown=countdown, **toy)
-            with replace_folder(folder) as unfinished:
-                model.save_pretrained(unfinished)
-                tokenizer.save_pretrained(unfinished)
-                (unfinished / "recipe.json").write_text(recipe)
-    return folder
-
-
-def is_there(folder: Path, recipe: str) -> bool:
-    stored = folder / "recipe.json"
-    if not stored.is_file() or stored.read_bytes() != recipe.encode():
-        return False
-    try:
-        return bool(models.load(str(folder)))
-    except UserError as error:
-        print_notes([f"{error}: made again"])
-        return False
-
-
 def blank_model(config):
-    """The model that `model=` names, without weights or memory (meta tensors), and its tokenizer."""
+    """Return the model of `model=` without weights or memory, and its tokenizer."""
     if config.model != "toy":
         return models.load_blank(config.model)
     tokenizer = make_tokenizer(config.countdown.limit)
-    return models.blank(model_shape(tokenizer, vars(config.toy))), tokenizer
+    return models.blank(model_shape(tokenizer, config.toy.hidden, config.toy.layers)), tokenizer
 
 
-def model_shape(tokenizer, toy: dict) -> SeedOssConfig:
-    """Qwen2's architecture, weight for weight, under the name of Seed-OSS: with a folder that says qwen2 transformers 5
-    loads Qwen2's own byte-level tokenizer, whatever tokenizer.json says, and that loses our spaces."""
+def model_shape(tokenizer, hidden: int, layers: int) -> SeedOssConfig:
+    """Return the config of the toy model: the architecture of Qwen2, under the name of Seed-OSS.
+
+    For a folder that says qwen2, transformers 5 loads Qwen2's byte-level tokenizer whatever
+    tokenizer.json says, and that one does not keep our words.
+    """
+    require(hidden % (2 * HEADS) == 0, f"toy.hidden={hidden}: give a multiple of {2 * HEADS}")
     return SeedOssConfig(
-        vocab_size=len(tokenizer), hidden_size=toy["hidden"], num_hidden_layers=toy["layers"],
-        num_attention_heads=toy["heads"], num_key_value_heads=max(1, toy["heads"] // 2),
-        head_dim=toy["hidden"] // toy["heads"], intermediate_size=toy["intermediate"], max_position_embeddings=256,
-        tie_word_embeddings=True, attention_bias=True, attention_out_bias=False, attention_dropout=0.0,
-        residual_dropout=0.0, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id)
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS // 2,
+        head_dim=hidden // HEADS,
+        intermediate_size=INTERMEDIATE,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        attention_bias=True,
+        attention_out_bias=False,
+        attention_dropout=0.0,
+        residual_dropout=0.0,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
 
 
-def warm_start(*, prompt: str, countdown: dict, layers: int, hidden: int, heads: int, intermediate: int,
-               updates: int, batch: int, lr: float, seed: int, also: str = ""):
-    """Trains the tiny model on random chains by next-token prediction, loss on the chain and its end only."""
-    started = time.time()
-    tokenizer = make_tokenizer(countdown["limit"])
-    torch.manual_seed(seed)
-    shape = {"hidden": hidden, "layers": layers, "heads": heads, "intermediate": intermediate}
-    model = SeedOssForCausalLM(model_shape(tokenizer, shape))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.1)
-    rng = random.Random(seed)
-    bar = tqdm(range(updates), desc="warm start of the toy base model", unit="update", mininterval=0.5, disable=None)
+def warm_start(recipe: dict):
+    """Train the toy model on random chains by next-token prediction.
+
+    The loss is on the chain and its end only.
+    """
+    settings = recipe["toy"]
+    tokenizer = make_tokenizer(recipe["countdown"]["limit"])
+    torch.manual_seed(settings["seed"])
+    model = SeedOssForCausalLM(model_shape(tokenizer, settings["hidden"], settings["layers"]))
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.1
+    )
+    rng = random.Random(settings["seed"])
+    updates = settings["updates"]
+    bar = tqdm(
+        range(updates),
+        desc="warm start of the toy base model",
+        unit="update",
+        mininterval=0.5,
+        disable=None,
+    )
     for update in bar:
-        pairs = chains(batch, rng, prompt=prompt, countdown=countdown, also=also)
-        prompts = tokenizer([p for p, _ in pairs]).input_ids
-        answers = tokenizer([f"{chain} {tokenizer.eos_token}" for _, chain in pairs]).input_ids
-        width = max(len(p) + len(a) for p, a in zip(prompts, answers))
-        tokens = torch.zeros(batch, width, dtype=torch.long)
-        labels = torch.full((batch, width), -100)
-        for row, (p, a) in enumerate(zip(prompts, answers)):
-            tokens[row, : len(p) + len(a)] = torch.tensor(p + a)
-            labels[row, len(p) : len(p) + len(a)] = torch.tensor(a)
-        predicts = labels[:, 1:] != -100  # the state before a token predicts it; causal, so right padding is inert
-        hidden = models.hidden_states(model, tokens[:, :-1])[predicts]
-        loss = torch.nn.functional.cross_entropy(model.lm_head(hidden), labels[:, 1:][predicts])
+        tokens, labels = collate(random_pairs(settings["batch"], rng, recipe), tokenizer)
+        predicts_answer = labels[:, 1:] != -100  # the state before a token predicts it
+        hidden = models.hidden_states(model, tokens[:, :-1])[predicts_answer]
+        loss = torch.nn.functional.cross_entropy(
+            model.lm_head(hidden), labels[:, 1:][predicts_answer]
+        )
         for group in optimizer.param_groups:  # 50 updates of warm-up, then cosine to 0
-            group["lr"] = lr * min(1, (update + 1) / 50) * 0.5 * (1 + math.cos(math.pi * update / updates))
+            group["lr"] = (
+                LEARNING_RATE
+                * min(1, (update + 1) / 50)
+                * 0.5
+                * (1 + math.cos(math.pi * update / updates))
+            )
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-    tqdm.write(f"toy base model: {updates} updates in {time.time() - started:.0f} s")
     return model.eval(), tokenizer
+
+
+def collate(pairs: list[tuple[str, str]], tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return right-padded tokens and labels of prompts, chains and ends.  Both [b, T]
+
+    Labels are -100 outside the answer.
+    """
+    prompts = tokenizer([prompt for prompt, _ in pairs]).input_ids
+    answers = tokenizer([f"{chain} {tokenizer.eos_token}" for _, chain in pairs]).input_ids
+    width = max(len(prompt) + len(answer) for prompt, answer in zip(prompts, answers))
+    tokens = torch.zeros(len(pairs), width, dtype=torch.long)
+    labels = torch.full((len(pairs), width), -100)
+    for row, (prompt, answer) in enumerate(zip(prompts, answers)):
+        end = len(prompt) + len(answer)
+        tokens[row, :end] = torch.tensor(prompt + answer)
+        labels[row, len(prompt) : end] = torch.tensor(answer)
+    return tokens, labels

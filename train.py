@@ -1,350 +1,775 @@
-"""Train a language model with GRPO, and SCOPE's KL penalty on the few tokens that drive entropy collapse.
+"""Train a language model with GRPO and SCOPE's KL penalty on a few tokens.
 
-    python train.py                                      # embedded default: toy model, Countdown; CPU, minutes
-    python train.py selection.strategy=none              # plain GRPO
-    torchrun --nproc_per_node=4 train.py model=Qwen/Qwen2.5-1.5B gradient_checkpointing=true micro_batch_size=4 ...
+    python train.py                                 # the default: toy model, Countdown, CPU
+    python train.py selection.strategy=none         # plain GRPO
+    torchrun --nproc_per_node=4 train.py recipe=recipes/qwen2.5-1.5b.yaml
 
-One step, with the numbers that README and the comments below use:
-  1 problems   2 rollouts   3 rewards   4 advantages   5 selection   6 update   7 log, save, evaluate
+`train` is the loop. One step has seven parts, with the same numbers here, in the comments and in
+README.md: 1 problems  2 rollouts  3 rewards  4 advantages  5 selection  6 update  7 log, evaluate,
+save
+
+Shapes: B is the number of completions of this rank, C their padded length, N the number of valid
+(unpadded) completion tokens of an update over all ranks, n that of a micro-batch.
 """
 
-import sys
-
-from support import config as configs
-from support import help
-
-if __name__ == "__main__":  # before torch is imported: a typo is reported at once
-    with configs.one_line_errors():
-        help.answer(sys.argv[1:], __doc__, configs.read_defaults())
-        KEYS = configs.training_keys(sys.argv[1:])
-
+import copy
 import json
 import math
-import os
-from functools import partial
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 import data
-import evaluate
 import grpo
-import rollout
 import scope
-import step as steps
-from metrics import Stopwatch, is_finite, mean_of, rollout_metrics, selection_metrics
-from rollout import Rollout
-from support import card, checkpoint, distributed, memory, models, processes, runs, signals, watch
-from support.checks import Halted
-from support.files import file_name, json_sum, replace_folder, replace_text
+import toy
+from evaluate import Evaluation, caption, evaluate, evaluate_once, evaluation_metrics, metrics_table
+from objectives import OBJECTIVES, MicroBatch
+from rewards import REWARDS, check_grader, grade
+from rollout import Rollout, rescore, sample, sampling_settings
+from support import checkpoint, distributed, memory, models
+from support.config import (
+    RunError,
+    flatten,
+    load_config,
+    lookup,
+    one_line_errors,
+    read_defaults,
+    require,
+    show_help,
+)
+from support.distributed import StopSignal, World, note
+from support.files import fingerprint, lock, replace_folder, replace_text
+from support.log import Log, model_card, open_run_folder
+from support.optimizer import MasterAdamW
 
 
-def train(config, keys: dict, folder: Path, problems: list, heldout: dict[str, list], world) -> None:
-    """The whole run: base evaluation, the steps, the trained evaluation, and everything under `folder`."""
-    run = steps.set_up(config, problems, world)
-    prompts = [data.prompt_ids(run.tokenizer, own, config.prompt) for own in heldout.values()]
-    models.check_lengths(run.policy.config, sum(prompts, []), config.max_new_tokens)
-    run.inputs = {"model": models.digest(run.policy), "the training problems": json_sum(run.problems),
-                  "evaluation.data": json_sum(heldout), "the tokenizer": json_sum([prompts, run.stop]),
-                  "precision": world.precision}
-    saved = checkpoint.newest(folder, run) if distributed.from_main(world.is_main and config.resume) else None
-    start = checkpoint.step_of(saved) if saved else 0
-    log = runs.Log(folder, keys, start, active=world.is_main)
-    log.print(introduction(folder, run))
-    signals.way_on = f"{'python' if world.size == 1 else 'torchrun ...'} train.py name={folder.name} resume=true"
-    base = base_evaluations(run, heldout, folder, resumed=start > 0)  # as long as the policy is the base model
-    if saved:
-        checkpoint.load(saved, run)
-        if evaluation_due(start, config) and distributed.from_main(world.is_main and not log.has_evaluation(start)):
-            evaluate_between(run, heldout, start, log)  # it was stopped in that one
-    else:
-        log.metrics({"step": 0} | evaluation_metrics(base))
-    updates, bad_steps = config.grpo.updates_per_rollout, 0
+@dataclass
+class Run:
+    """Holds everything that a training run works with; `set_up` makes it."""
 
-    for step in tqdm(range(start, config.steps), desc="training", initial=start, total=config.steps, unit="step",
-                     disable=world.no_bar):
+    config: SimpleNamespace
+    world: World
+    folder: Path
+    policy: torch.nn.Module
+    tokenizer: object
+    stop: list[int]  # token ids that end a completion
+    problems: list[dict]  # to train on
+    heldout: dict[str, list[dict]]  # to evaluate on, by file
+    reference: torch.nn.Module | None  # pi_ref, the frozen initial model; None: never needed
+    loss: torch.nn.Module  # MicroBatchLoss, under DistributedDataParallel with torchrun
+    optimizer: torch.optim.Optimizer
+    fingerprints: dict[str, str]  # hashes of model, data ...; a resumed run must have the same
+
+
+def train(run: Run, log: Log, start: int) -> None:
+    """Run the training steps from `start` on; see the module docstring for the seven parts."""
+    config = run.config
+    world = run.world
+    stop_signal = StopSignal()
+    bad_steps = 0
+    remaining = range(start, config.steps)
+    for step in tqdm(
+        remaining, "training", initial=start, total=config.steps, disable=world.hide_bar
+    ):
         clock = Stopwatch()
-        signals.finish(f"step {step + 1}")
-        watch.phase(f"the rollouts of step {step + 1}")
 
-        # 1 problems, of this rank
-        asked, rows = steps.draw_problems(run, step)
+        # 1 problems of this rank, each group_size times; `rows` are numbers within the step
+        problems, rows = draw_problems(run.problems, step, config, world)
 
-        # 2 rollouts
-        sampled = steps.sample(run, asked, rows, step)
+        # 2 rollouts: a completion per row, with log-probability and entropy of every token
+        prompts = data.prompt_ids(run.tokenizer, problems, config.prompt)
+        entropy_baseline = scope.STRATEGIES[config.selection.strategy].needs_entropy_baseline
+        settings = sampling_settings(config) | {"entropy_baseline": entropy_baseline}
+        with world.autocast():
+            rollout = sample(
+                run.policy, prompts, rows, stop=run.stop, seed=config.seed, step=step, **settings
+            )
 
-        # 3 rewards
-        rewards, correct, texts = steps.reward(run, asked, sampled)
+        # 3 rewards [B]: the grader's verdict (RLVR), or the model's own confidence (RLIF)
+        rollout.correct, texts = grade(run.tokenizer, problems, rollout, config.grader)
+        rollout.rewards = REWARDS[config.reward].function(rollout)
         clock.lap("rollout")
 
-        # 4 advantages: groups are whole on a rank
-        advantages = grpo.group_advantages(rewards, config.group_size, eps=config.grpo.advantage_eps)
+        # 4 advantages [B]: rewards normalised within the group of each problem (Eq. 18)
+        rollout.advantages = grpo.group_advantages(rollout.rewards, config.group_size)
 
-        watch.phase(f"the update of step {step + 1}")
-        if updates > 1:  # ratios to come are then free of what the sampler's cache and padding round differently
-            sampled = rollout.rescore(run.policy, sampled, config, world)
-        set_rate(run.optimizer, learning_rate(step, config))
-        history = []
-        for part in range(updates):  # each update learns from its own part of the problems; usually there is one
-            own = slice(part * len(rows) // updates, (part + 1) * len(rows) // updates)
-
-            # 5 selection, from the record of the policy as it is now
-            current = sampled[own] if part == 0 else rollout.rescore(run.policy, sampled[own], config, world)
-            seed = (config.seed * 1_000_003 + step) * updates + part
-            selection = steps.select(current, sampled[own].logprobs, advantages[own], config, seed)
+        if config.updates_per_rollout > 1:
+            # record the log-probs of the training forward, so that ratios contain no rounding of
+            # the KV cache
+            rollout = rescore(run.policy, rollout, config, world)
+        rate = learning_rate(step, config)
+        set_learning_rate(run.optimizer, rate)
+        updates = []
+        for i, mini_batch in enumerate(rollout.split(config.updates_per_rollout)):
+            # 5 selection [B, C]: the K tokens with the highest p (1 - p) max(A, 0) (Eq. 11-13)
+            current = mini_batch
+            if i > 0:  # the policy has changed since the rollout
+                current = rescore(run.policy, mini_batch, config, world)
+            seed = (config.seed * 1_000_003 + step) * config.updates_per_rollout + i
+            mini_batch.selected, mini_batch.token_mask, selection = select(
+                current, mini_batch, config, world, seed
+            )
             clock.lap("select")
 
-            # 6 update
-            batches = steps.MicroBatches(sampled[own], advantages[own], correct[own], selection, run.reference,
-                                          config, world)
-            metrics = steps.update(run.loss, run.optimizer, batches, selection, on_policy=part == 0, world=world,
-                                   max_grad_norm=config.optimizer.max_grad_norm)
-            history.append(metrics | selection_metrics(selection.flat, config))
+            # 6 update: policy loss + lambda * KL(policy || initial model) on the selected (Eq. 15)
+            updates.append(update(run, mini_batch, on_policy=i == 0) | selection)
             clock.lap("update")
 
-        # 7 log, save, evaluate
-        metrics = {"step": step + 1} | rollout_metrics(sampled, rewards, correct, advantages, config.group_size)
-        metrics |= mean_of(history) | {"lr": learning_rate(step, config), "mem_gb": distributed.peak_memory(world)}
-        metrics |= clock.times
-        log.metrics(metrics)
-        if (step + 1) % config.log_every == 0 or step == 0:
-            print_step(log, metrics, run, sampled, texts, rewards)
+        # 7 log, evaluate, save
+        metrics = rollout_metrics(rollout, config, world) | average(updates)
+        metrics |= {"lr": rate, "mem_gb": world.peak_memory()} | clock.times
+        log.metrics(step + 1, metrics)
+        if step == 0 or (step + 1) % config.log_every == 0:
+            print_step(log, step + 1, metrics, run, rollout, texts)
         bad_steps = bad_steps + 1 if metrics["update/skipped"] == 1 else 0
-        save_or_stop(folder, step + 1, run, log, bad_steps, (sampled, texts, rewards))
-        if evaluation_due(step + 1, config):
-            evaluate_between(run, heldout, step + 1, log)
+        if bad_steps == config.max_bad_steps:
+            raise RunError(
+                f"step {step + 1}: no finite loss and gradient in {bad_steps} steps in a row: "
+                f"lower optimizer.lr={config.optimizer.lr}; the last checkpoint is older"
+            )
+        last = step + 1 == config.steps
+        if config.evaluation.every and (step + 1) % config.evaluation.every == 0 and not last:
+            first_file = next(iter(run.heldout))
+            results = evaluate_policy(run, [first_file], config.evaluation.samples_between)
+            log.metrics(step + 1, evaluation_metrics(results))
+        # one rank may get the signal a step before the others: all stop together
+        stop_number = world.max(stop_signal.number)
+        # not after a bad step: a run resumed from it would fail again
+        due = (step + 1) % config.save_every == 0 and bad_steps == 0
+        if stop_number or last or due:
+            checkpoint.save(run, step + 1)
+        if stop_number:
+            log.print(
+                f"stopped by a signal; step {step + 1} is saved; to continue: train.py "
+                f"name={run.folder.name} resume=true"
+            )
+            raise SystemExit(128 + stop_number)
+    stop_signal.restore()
 
-    trained = {file: evaluated(run, own, config.evaluation.samples, "evaluation of the trained model")
-               for file, own in heldout.items()}
-    if world.is_main:
-        finish(folder, log, run, trained)
-    log.close()
+
+# ---------------------------------------------------------------- 1 problems
 
 
-# ---------------------------------------------------------------- 6 the learning rate
+def draw_problems(
+    problems: list[dict], step: int, config, world: World
+) -> tuple[list[dict], list[int]]:
+    """Return the problem of each of this rank's B completions, and its row within the step.
+
+    The order of problems is new in each epoch and depends only on (seed, epoch); the remainder of
+    an epoch is dropped. With several updates per rollout each update learns from its own part of
+    the problems, and a rank has a share of every part. The completions of a problem (a group) are
+    always on the same rank.
+    """
+    count = config.prompts_per_step
+    epoch, position = divmod(step, len(problems) // count)
+    order = np.random.default_rng([config.seed, epoch]).permutation(len(problems))
+    indices = order[position * count : (position + 1) * count]
+    per_update = count // config.updates_per_rollout
+    rows = []
+    for first in range(0, count, per_update):
+        for i in world.slice(per_update):
+            rows += [(first + i) * config.group_size + j for j in range(config.group_size)]
+    return [problems[indices[row // config.group_size]] for row in rows], rows
+
+
+# ---------------------------------------------------------------- 5 selection
+
+
+def select(
+    current: Rollout, rollout: Rollout, config, world: World, seed: int
+) -> tuple[Tensor, Tensor, dict]:
+    """Select the tokens that pay the KL penalty, from the flat valid tokens of all ranks.
+
+    Because the tokens of the whole update are compared, neither ranks nor micro-batches change the
+    selection. `current` has the log-probabilities and entropies of the current policy, `rollout`
+    those from before the first update. Returns selected [B, C], token_mask [B, C], which marks the
+    tokens that the objective treats specially, and metrics.
+    """
+    mask = current.mask
+    columns = {
+        "logprobs": current.logprobs,
+        "entropy": current.entropy,
+        "entropy_baseline": current.entropy_baseline,
+        "advantages": current.advantages[:, None].expand_as(mask),
+        "old_logprobs": rollout.logprobs,
+    }
+    if scope.STRATEGIES[config.selection.strategy].uses_group:
+        columns["alpha_minus_beta"], columns["branching"] = scope.group_alpha_minus_beta(
+            current.tokens, mask, current.advantages, config.group_size
+        )
+    of_this_rank = torch.stack([column[mask].float() for column in columns.values()], dim=1)
+    tokens = dict(zip(columns, world.gather(of_this_rank).unbind(dim=1)))  # each [N]
+    selected = scope.select_tokens(
+        config.selection.strategy,
+        fraction=config.selection.fraction,
+        forking_fraction=config.forking_fraction,
+        seed=seed,
+        logprobs=tokens["logprobs"],
+        entropy=tokens["entropy"],
+        advantages=tokens["advantages"],
+        entropy_baseline=tokens["entropy_baseline"],
+        alpha_minus_beta=tokens.get("alpha_minus_beta"),
+    )
+    token_mask = OBJECTIVES[config.objective].token_mask(tokens, config, seed)
+    counts = world.gather(torch.tensor([len(of_this_rank)], device=mask.device)).tolist()
+    selected_here = torch.zeros_like(mask)
+    selected_here[mask] = selected.split(counts)[world.rank]
+    token_mask_here = torch.zeros_like(mask)
+    token_mask_here[mask] = token_mask.split(counts)[world.rank]
+    return selected_here, token_mask_here, selection_metrics(tokens, selected, token_mask, config)
+
+
+# ---------------------------------------------------------------- 6 update
+
+
+def update(run: Run, rollout: Rollout, *, on_policy: bool) -> dict[str, float]:
+    """Take one optimizer step on a rollout, in micro-batches.
+
+    Every sum is divided by a count over the whole update on all ranks, so that the gradient does
+    not depend on how the update is cut into micro-batches and ranks. on_policy: the policy is still
+    the one that sampled.
+    """
+    config = run.config
+    world = run.world
+    objective = OBJECTIVES[config.objective]
+    counted = rollout.mask
+    if objective.mean_over_mask:
+        counted = rollout.token_mask
+    counts = [
+        counted.sum(),
+        rollout.mask.sum(),
+        rollout.selected.sum(),
+        torch.tensor(len(rollout.prompts), device=counted.device),
+    ]
+    num_counted, num_tokens, num_selected, num_completions = world.sum(torch.stack(counts)).tolist()
+    sequence_weight = 1 / (rollout.lengths * float(num_completions))
+    weight = torch.full_like(sequence_weight, 1 / max(num_counted, 1))
+    if config.grpo.normaliser == "sequence":
+        weight = 1 / (counted.sum(dim=1).clamp(min=1) * float(num_completions))
+
+    has_gradient = (rollout.advantages != 0) | rollout.selected.any(dim=1)
+    if objective.learns_from_correct:
+        has_gradient |= rollout.correct
+    if objective.learns_from_mask:
+        has_gradient |= rollout.token_mask.any(dim=1)
+    rows = has_gradient.nonzero().squeeze(1).tolist()
+    # every rank needs one backward, or the others wait for ever
+    batches = rollout.micro_batches(config, rows) or [[0]]
+
+    reference = reference_states(run.reference, rollout, config, world)
+    run.optimizer.zero_grad(set_to_none=False)  # gradients stay views of DDP's buckets
+    sums: dict[str, Tensor] = {}
+    for i, batch_rows in enumerate(batches):
+        # DDP: ranks exchange gradients once, in the last backward
+        run.loss.require_backward_grad_sync = i == len(batches) - 1
+        batch = rollout.collate(batch_rows, weight, sequence_weight)
+        with world.autocast():
+            loss, batch_sums = run.loss(batch, reference, num_tokens, num_selected, on_policy)
+        (loss * world.size).backward()  # DDP averages gradients over ranks: undo that
+        for name, value in batch_sums.items():
+            sums[name] = sums.get(name, 0) + value
+
+    totals = dict(zip(sums, world.sum(torch.stack(list(sums.values()))).tolist()))
+    loss = totals["loss"]
+    grad_norm = clip_gradients(run.optimizer, config.optimizer.max_grad_norm)
+    finite = math.isfinite(grad_norm) and math.isfinite(loss)  # the same on every rank
+    if finite:
+        run.optimizer.step()
+    else:
+        note(f"loss {loss} or gradient norm {grad_norm} is not finite; the update is skipped")
+    metrics = {
+        "loss": loss,
+        "grad_norm": grad_norm,
+        "clip_frac": totals["clip_frac"],
+        "kl/selected": totals["kl"],
+        "update/skipped": float(not finite),
+    }
+    if on_policy:
+        # between the sampler and the training forward only rounding differs
+        return metrics | {"logprob_drift": totals["drift"] / max(totals["tokens"], 1)}
+    return metrics | {"kl_old": totals["kl_old"] / max(totals["tokens"], 1)}
+
+
+class MicroBatchLoss(torch.nn.Module):
+    """Computes the loss of a micro-batch; it is a module so that DDP sees every use of a weight."""
+
+    def __init__(self, policy: torch.nn.Module, config):
+        super().__init__()
+        self.policy = policy
+        self.config = config
+        self.objective = OBJECTIVES[config.objective]
+        clip_low, clip_high = self.objective.clip or (config.grpo.clip_low, config.grpo.clip_high)
+        self.clip = {"clip_low": clip_low, "clip_high": clip_high}
+
+    def forward(
+        self, batch: MicroBatch, reference, num_tokens: int, num_selected: int, on_policy: bool
+    ):
+        """Return the loss, to be minimised, and sums for the metrics of `update`."""
+        config = self.config
+        head = self.policy.get_output_embeddings()
+        hidden = models.hidden_states(self.policy, batch.tokens)
+        hidden = hidden[batch.predicts_completion]  # [n, hidden size]
+
+        def logprobs_of(hidden: Tensor, targets: Tensor) -> Tensor:
+            return grpo.token_logprobs(head(hidden), targets, temperature=config.temperature)
+
+        logprobs = grpo.in_chunks(logprobs_of, hidden, batch.targets, size=config.logits_chunk)
+        old_logprobs = batch.old_logprobs
+        if on_policy:  # the ratio is then exactly 1, free of rounding
+            old_logprobs = logprobs.detach()
+        loss = self.objective.loss(logprobs, old_logprobs, batch, **self.clip).sum()
+
+        kl = torch.zeros((), device=loss.device)
+        if batch.selected.any():  # SCOPE's term (Eq. 14-15)
+
+            def kl_of(hidden: Tensor, states: Tensor) -> Tensor:
+                logits = head(hidden)
+                reference_logits = reference.head(states)
+                return scope.kl_divergence(logits, reference_logits, temperature=config.temperature)
+
+            selected_hidden = hidden[batch.selected]
+            states = reference.states_of(batch.rows)
+            kl = grpo.in_chunks(kl_of, selected_hidden, states, size=config.logits_chunk)
+            kl = kl.sum() / num_selected
+            scale = 1.0
+            if config.selection.normaliser == "tokens":
+                scale = num_selected / num_tokens
+            loss = loss + config.selection.kl_coef * scale * kl
+
+        clipped = grpo.clipped(logprobs, old_logprobs, batch.advantages, **self.clip)
+        change = logprobs.detach() - batch.old_logprobs
+        sums = {
+            "loss": loss.detach(),
+            "kl": kl.detach(),
+            "clip_frac": clipped.sum() / num_tokens,
+            "drift": change.abs().sum(),
+            "kl_old": (change.exp() - change - 1).sum(),  # estimates KL(pi_old || pi) by k3
+            "tokens": torch.tensor(float(len(change)), device=loss.device),
+        }
+        return loss, sums
+
+
+class ReferenceStates(NamedTuple):
+    """Holds what the KL needs of the reference model: vocabulary projection and hidden states."""
+
+    head: torch.nn.Module
+    hidden: dict[int, Tensor]  # row -> [selected tokens of the row, hidden size]
+
+    def states_of(self, rows: list[int]) -> Tensor:
+        """Return the hidden states at the selected tokens of some rows, in order."""
+        return torch.cat([self.hidden[row] for row in rows if row in self.hidden])
+
+
+@torch.no_grad()
+def reference_states(reference, rollout: Rollout, config, world: World) -> ReferenceStates | None:
+    """Return the reference model's hidden states at the selected tokens, or None without any."""
+    rows = rollout.selected.any(dim=1).nonzero().squeeze(1).tolist()
+    if not rows:
+        return None
+    hidden: dict[int, Tensor] = {}
+    with models.on_device(reference, world.device), world.autocast():
+        for batch_rows in rollout.micro_batches(config, rows):
+            tokens, predicts_completion = rollout.pad(batch_rows)
+            selected = rollout.selected[batch_rows]
+            states = models.hidden_states(reference, tokens)[predicts_completion]
+            states = states[selected[rollout.mask[batch_rows]]]
+            hidden |= zip(batch_rows, states.split(selected.sum(dim=1).tolist()))
+    return ReferenceStates(reference.get_output_embeddings(), hidden)
+
+
+def clip_gradients(optimizer, max_norm: float) -> float:
+    """Clip the gradient norm to `max_norm`; return the norm before clipping, computed in fp32."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    norms = []
+    for parameter in parameters:
+        dtype = torch.promote_types(parameter.grad.dtype, torch.float32)
+        norms.append(torch.linalg.vector_norm(parameter.grad, dtype=dtype))
+    norm = torch.stack(norms).norm()
+    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return float(norm)
 
 
 def learning_rate(step: int, config) -> float:
-    """The rate of step 0, 1, .. steps - 1: linear warm-up over a share of the steps, then constant or cosine to 0."""
-    lr, rising = config.optimizer.lr, round(config.optimizer.warmup * config.steps)
-    if step < rising:
-        return lr * (step + 1) / (rising + 1)
+    """Return the learning rate of a step: linear warm-up, then constant or cosine to 0."""
+    lr = config.optimizer.lr
+    warmup = round(config.optimizer.warmup * config.steps)
+    if step < warmup:
+        return lr * (step + 1) / (warmup + 1)
     if config.optimizer.schedule == "constant":
         return lr
-    return lr * 0.5 * (1 + math.cos(math.pi * (step - rising) / (config.steps - rising)))
+    return lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (config.steps - warmup)))
 
 
-def set_rate(optimizer, rate: float) -> None:
+def set_learning_rate(optimizer, rate: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = rate
 
 
-# ---------------------------------------------------------------- 7 evaluations and logs
+# ---------------------------------------------------------------- 7 metrics and evaluations
 
 
-def save_or_stop(folder: Path, step: int, run, log, bad_steps: int, drawn: tuple) -> None:
-    """A save where one is due, before an evaluation too. A signal, or numbers that are not finite, end the run here:
-    such weights never take the place of finite ones."""
-    config = run.config
-    if bad_steps == config.max_bad_steps:
-        give_up(folder, step, run, drawn, f"{bad_steps} steps in a row had no finite loss and gradient")
-    watch.phase(f"the save after step {step}", patient=True)
-    stop, last = distributed.highest(signals.asked), step == config.steps
-    if stop or last or step % config.save_every == 0 or evaluation_due(step, config):
-        if is_finite(run, drawn[0]):
-            checkpoint.save(folder, step, run)
-        elif last or stop:
-            give_up(folder, step, run, drawn, "the weights give no finite gradient")
-        else:
-            log.print(f"warning: step {step} is not saved, for the weights give no finite gradient")
-        stop = distributed.highest(signals.asked)
-    if stop:
-        log.close()
-        signals.leave(stop, f"step {step} is finished and saved")
-    if last or evaluation_due(step, config):
-        signals.finish("")  # an evaluation can be stopped at once; else a signal is the next step's
+class Stopwatch:
+    """Measures seconds per phase of a step, logged as time/NAME."""
+
+    def __init__(self):
+        self.last = time.perf_counter()
+        self.times: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.times[f"time/{name}"] = self.times.get(f"time/{name}", 0.0) + now - self.last
+        self.last = now
 
 
-def give_up(folder: Path, step: int, run, drawn: tuple, reason: str) -> None:
-    """The end of a run whose numbers are not finite, with the step's rollouts written for a look."""
-    file = folder / f"bad-step-{step}-rank{run.world.rank}.jsonl"
-    runs.write_rollouts(file, run.tokenizer, *drawn)
-    distributed.barrier()
-    raise Halted(f"step {step}: {reason}; {file} has the completions; a save, if there is one, holds finite weights; "
-                 f"lower optimizer.lr={run.config.optimizer.lr}, or look for what is not finite")
+def rollout_metrics(rollout: Rollout, config, world: World) -> dict[str, float]:
+    """Return the metrics of a step's rollouts, over all ranks."""
+    columns = [
+        rollout.rewards,
+        rollout.correct.float(),
+        rollout.advantages,
+        rollout.lengths.float(),
+        rollout.stopped.float(),
+    ]
+    rewards, correct, advantages, lengths, stopped = world.gather(
+        torch.stack(columns, dim=1)
+    ).unbind(dim=1)
+    entropy = world.gather(rollout.entropy[rollout.mask])
+    groups = rewards.view(-1, config.group_size)  # a group is never split over ranks
+    metrics = {
+        "reward/mean": rewards.mean(),
+        "reward/accuracy": correct.mean(),
+        "group/frac_zero_std": (groups.amax(dim=1) == groups.amin(dim=1)).float().mean(),
+        "advantage/min": advantages.min(),
+        "advantage/max": advantages.max(),
+        "length/mean": lengths.mean(),
+        "length/frac_truncated": 1 - stopped.mean(),
+        "entropy": entropy.mean(),
+        "tokens": len(entropy),
+    }
+    return {name: float(value) for name, value in metrics.items()}
 
 
-def evaluated(run, heldout: list, samples: int, title: str) -> evaluate.Evaluation:
-    watch.phase(f"the {title}", patient=True)
-    return evaluate.evaluate(run.policy, run.tokenizer, heldout, run.world, run.config, samples=samples, title=title)
+def selection_metrics(
+    tokens: dict[str, Tensor], selected: Tensor, token_mask: Tensor, config
+) -> dict[str, float]:
+    """Describe which of the step's N tokens were selected, over all ranks."""
+    scores = scope.redistribution_score(tokens["logprobs"].exp(), tokens["advantages"])
+    metrics = {
+        "selection/fraction": selected.float().mean(),
+        "selection/candidates": (scores > 0).float().mean(),
+        "objective/fraction": token_mask.float().mean(),
+    }
+    if scope.STRATEGIES[config.selection.strategy].fraction is None:
+        metrics["selection/shortfall"] = (
+            round(config.selection.fraction * len(selected)) - selected.sum()
+        )
+    if "branching" in tokens:
+        # share of tokens at which another completion of the group continues differently
+        metrics["selection/branching"] = tokens["branching"].mean()
+    if selected.any():
+        metrics |= {
+            "selection/p": tokens["logprobs"][selected].exp().mean(),
+            "selection/advantage": tokens["advantages"][selected].mean(),
+            "selection/negative": (tokens["advantages"][selected] < 0).float().mean(),
+            "selection/entropy": tokens["entropy"][selected].mean(),
+        }
+    return {name: float(value) for name, value in metrics.items()}
 
 
-def evaluation_due(steps_done: int, config) -> bool:
-    """Whether an evaluation in between follows; it can be stopped at once, for what is evaluated was saved before."""
-    return config.evaluation.every > 0 and steps_done % config.evaluation.every == 0 and 0 < steps_done < config.steps
+def average(updates: list[dict[str, float]]) -> dict[str, float]:
+    """Average each metric over the updates of a step that have it."""
+    names = dict.fromkeys(name for metrics in updates for name in metrics)
+    means = {}
+    for name in names:
+        values = [metrics[name] for metrics in updates if name in metrics]
+        means[name] = sum(values) / len(values)
+    return means
 
 
-def evaluate_between(run, heldout: dict[str, list], steps_done: int, log) -> None:
-    main_file = next(iter(heldout))
-    between = evaluated(run, heldout[main_file], run.config.evaluation.samples_between, "evaluation")
-    log.metrics({"step": steps_done} | evaluation_metrics({main_file: between}))
-
-
-def base_evaluations(run, heldout: dict[str, list], folder: Path, *, resumed: bool) -> dict[str, evaluate.Evaluation]:
-    """Of the model before training, by file, also put into the run's folder; a resumed run has them there.
-
-    They are drawn once for all runs of the same weights, problems and settings of sampling: runs/base-evaluations/.
-    """
-    config, main, found = run.config, run.world.is_main, {}
-    settings = {"weights": run.inputs["model"], "device": run.world.device.type,
-                "precision": run.world.precision, "grader": config.reward.grader, "samples": config.evaluation.samples,
-                "max_new_tokens": config.max_new_tokens, "temperature": config.temperature,
-                "seed": config.evaluation.seed}
-    for file, problems in heldout.items():
-        asked = [problems, data.prompt_ids(run.tokenizer, problems, config.prompt), run.stop]
-        own = folder / "base_evaluation" / f"{file_name(file)}.npz"
-        stored = own if resumed else Path("runs") / "base-evaluations" / f"{json_sum([settings, asked])}.npz"
-        if not distributed.from_main(main and is_whole(stored)):
-            found[file] = evaluated(run, problems, config.evaluation.samples, "evaluation of the base model")
-            if main:
-                found[file].save(stored)
-        if main:
-            found[file] = evaluate.Evaluation.load(stored)
-            found[file].save(own)
-    return found
-
-
-def is_whole(stored: Path) -> bool:
-    try:
-        return bool(evaluate.Evaluation.load(stored))
-    except FileNotFoundError:
-        return False
-    except Exception:  # whatever numpy makes of a damaged file
-        configs.print_notes([f"{stored} is damaged: made again"])
-        return False
-
-
-def evaluation_metrics(trained: dict, base: dict | None = None) -> dict[str, float]:
-    """The first file's as eval/NAME, those of further files as eval/FILE/NAME; of Pass@k its standard error too."""
-    metrics = {}
-    for i, (file, evaluation) in enumerate(trained.items()):
-        prefix = f"eval/{file_name(file)}/" if i else "eval/"
-        summary = evaluation.summary(base and base[file])
-        metrics |= {prefix + name: value for name, (value, _) in summary.items()}
-        metrics |= {f"{prefix}{name}_stderr": error for name, (_, error) in summary.items()
-                    if name.startswith("pass@") and error is not None}
-    return metrics
-
-
-def introduction(folder: Path, run) -> str:
-    """What the run will do, in numbers, and what the model will see."""
-    config, ranks = run.config, run.world.size
-    first_prompt = data.prompt_ids(run.tokenizer, run.problems[:1], config.prompt)[0]
-    completions = config.prompts_per_step * config.group_size
-    return (f"{folder}: {config.prompts_per_step} problems x {config.group_size} = {completions} completions a step, "
-            f"{completions // ranks} on each of {ranks} rank(s) of {run.world.device.type}; "
-            f"{config.grpo.updates_per_rollout} update(s) each; "
-            f"{config.steps} steps = {config.steps / (len(run.problems) // config.prompts_per_step):.2f} epochs of "
-            f"{len(run.problems)} problems; {sum(p.numel() for p in run.policy.parameters()):,} parameters\n"
-            f"first prompt: {run.tokenizer.decode(first_prompt)!r}; "
-            f"stop ids: {models.describe(run.stop, run.tokenizer)}")
-
-
-def print_step(log, metrics: dict, run, sampled: Rollout, texts: list[str], rewards: Tensor) -> None:
-    """A line of metrics, and a completion of each of two problems."""
-    selected = f"KL on selected {metrics['kl/selected']:.4f}, " * (metrics["selection/fraction"] > 0)
-    log.print(f"step {metrics['step']}: reward {metrics['reward/mean']:.3f}, "
-              f"accuracy {metrics['reward/accuracy']:.3f}, entropy {metrics['entropy']:.3f}, "
-              f"{selected}length {metrics['length/mean']:.1f}")
+def print_step(
+    log: Log, step: int, metrics: dict, run: Run, rollout: Rollout, texts: list[str]
+) -> None:
+    """Print a line of metrics and, for each of two problems, one completion."""
+    line = (
+        f"step {step}: reward {metrics['reward/mean']:.3f}, "
+        f"accuracy {metrics['reward/accuracy']:.3f}, entropy {metrics['entropy']:.3f}, "
+        f"length {metrics['length/mean']:.1f}"
+    )
+    if metrics["selection/fraction"] > 0:
+        line += f", KL on selected tokens {metrics['kl/selected']:.4f}"
+    log.print(line)
     if metrics["group/frac_zero_std"] == 1:
-        log.print("  no group's rewards differ: this step teaches nothing")
+        log.print("  in every group all rewards are equal: this step teaches nothing")
     if metrics["length/frac_truncated"] > 0.5:
-        log.print(f"  warning: {metrics['length/frac_truncated']:.0%} of the completions are truncated: raise "
-                  f"max_new_tokens={run.config.max_new_tokens}, or see docs/questions.md on stop ids")
+        log.print(
+            f"  warning: {metrics['length/frac_truncated']:.0%} of completions are truncated: "
+            f"raise max_new_tokens={run.config.max_new_tokens}, or see docs/questions.md"
+        )
     for row in range(0, len(texts), run.config.group_size)[:2]:
-        log.sample(metrics["step"], run.tokenizer.decode(sampled.prompts[row]), texts[row], rewards[row].item())
+        log.sample(
+            step,
+            run.tokenizer.decode(rollout.prompts[row]),
+            texts[row],
+            rollout.rewards[row].item(),
+        )
 
 
-def finish(folder: Path, log, run, trained: dict[str, evaluate.Evaluation]) -> None:
-    """The model as an HF folder, and the table of base against trained for each file."""
-    base = {file: evaluate.Evaluation.load(folder / "base_evaluation" / f"{file_name(file)}.npz") for file in trained}
-    log.metrics({"step": run.config.steps} | evaluation_metrics(trained, base))
-    report, tables, every_k = {}, {}, [2**i for i in range(20)]
-    for file, own in trained.items():
-        both = {"base": base[file].summary(base[file]), "trained": own.summary(base[file])}
-        tables[file] = evaluate.format_table(both)
-        described = evaluate.describe(*own.correct.shape, run.config.evaluation.samples, run.config.temperature)
-        log.print(f"\n{file}:\n{tables[file]}\n{described}")
-        report[file] = {"base": base[file].summary(base[file], every_k), "trained": own.summary(base[file], every_k)}
-    with replace_folder(folder / "model") as unfinished:
+def evaluate_base(run: Run) -> dict[str, Evaluation]:
+    """Evaluate the base model on every held-out file.
+
+    The results are cached on disk, because runs with other seeds start from the same base model.
+    """
+    results = {}
+    for file, problems in run.heldout.items():
+        results[file] = evaluate_once(
+            run.policy,
+            run.tokenizer,
+            problems,
+            run.config,
+            run.world,
+            samples=run.config.evaluation.samples,
+            seed=run.config.evaluation.seed,
+            title="evaluation of the base model",
+            folder=Path("runs/base-evaluations"),
+        )
+    return results
+
+
+def evaluate_policy(run: Run, files: list[str], samples: int) -> dict[str, Evaluation]:
+    """Evaluate the current policy on some of the held-out files."""
+    results = {}
+    for file in files:
+        results[file] = evaluate(
+            run.policy,
+            run.tokenizer,
+            run.heldout[file],
+            run.config,
+            run.world,
+            samples=samples,
+            seed=run.config.evaluation.seed,
+            title=f"evaluation on {file}",
+        )
+    return results
+
+
+def finish(run: Run, log: Log, base: dict[str, Evaluation]) -> None:
+    """Evaluate and save the trained model; print a table that compares it with the base model."""
+    config = run.config
+    trained = evaluate_policy(run, list(run.heldout), config.evaluation.samples)
+    if not run.world.is_main:
+        return
+    log.metrics(config.steps, evaluation_metrics(trained, base))
+    tables = {}
+    for file, result in trained.items():
+        pair = {"base": base[file].summary(base[file]), "trained": result.summary(base[file])}
+        table = f"{metrics_table(pair)}\n{caption(*result.correct.shape, config.temperature)}\n"
+        log.print(f"\n{file}:\n\n{table}")
+        tables[file] = table
+    with replace_folder(run.folder / "model") as unfinished:
         run.policy.save_pretrained(unfinished)
         run.tokenizer.save_pretrained(unfinished)
-        (unfinished / "README.md").write_text(card.model_card(log.keys, tables, described))
-    replace_text(folder / "evaluation.json", json.dumps(report, indent=1) + "\n")
-    log.print(f"\nwritten to {folder}/: config.yaml, metrics.jsonl (a line a step), samples.jsonl, evaluation.json, "
-              "checkpoints/ (for resume=true), model/")
+        (unfinished / "README.md").write_text(model_card(config, tables), encoding="utf-8")
+    every_k = [2**i for i in range(20)]
+    report = {
+        file: {
+            "base": base[file].summary(base[file], every_k),
+            "trained": result.summary(base[file], every_k),
+        }
+        for file, result in trained.items()
+    }
+    replace_text(run.folder / "evaluation.json", json.dumps(report, indent=1) + "\n")
+    log.print(
+        f"written to {run.folder}/: config.yaml, metrics.jsonl (a line a step), "
+        "samples.jsonl, evaluation.json, checkpoints/ (for resume=true), model/"
+    )
 
 
 # ---------------------------------------------------------------- the command
 
 
-def foreseen(config, problems: list, heldout: dict[str, list], ranks: int):
-    """Before any weight is loaded: the run with a blank policy, every prompt, and what memory a config would need."""
-    run = steps.set_up(config, problems, distributed.World(0, ranks, torch.device("meta")), weights=False)
-    asked = run.problems + [problem for own in heldout.values() for problem in own]
-    prompts = data.prompt_ids(run.tokenizer, asked, config.prompt)
-    models.check_lengths(run.policy.config, prompts, config.max_new_tokens)
+def check_methods(config) -> None:
+    """Raise UserError if a chosen method does not exist or the settings do not go together."""
+    reward = lookup("reward", config.reward, REWARDS)
+    objective = lookup("objective", config.objective, OBJECTIVES)
+    strategy = lookup("selection.strategy", config.selection.strategy, scope.STRATEGIES)
+    check_grader(config.grader)
+    require(
+        reward.verifiable or not objective.learns_from_correct,
+        f"objective={config.objective} with reward={config.reward}: this objective uses which "
+        "completions are correct, so it needs reward=accuracy",
+    )
+    require(
+        config.selection.kl_coef > 0 or not strategy.selects,
+        "selection.kl_coef=0: the selected tokens would pay nothing; give more, or "
+        "selection.strategy=none",
+    )
+    divisor = distributed.num_ranks() * config.updates_per_rollout
+    require(
+        config.prompts_per_step % divisor == 0,
+        f"prompts_per_step={config.prompts_per_step}: give a multiple of {divisor}, the number of "
+        "ranks times updates_per_rollout",
+    )
+    if objective.needs_several_updates and config.updates_per_rollout == 1:
+        note(
+            f"objective={config.objective} has no effect with one update per rollout, because its "
+            "penalty is to the policy that sampled; give updates_per_rollout=2 or more"
+        )
+
+
+def set_up(config, world: World, folder: Path) -> Run:
+    """Load the problems and the model, and make the reference model, the loss and the optimizer."""
+    problems, heldout = data.load_problems(config)
+    policy, tokenizer = models.load(toy.resolve_model(config, world), world.dtype)
+    policy.to(world.device)
+    problems = data.drop_long_prompts(
+        problems, tokenizer, policy.config.max_position_embeddings, config
+    )
+    stop = models.stop_ids(policy, tokenizer)
+    models.set_stop(policy, stop)
+    policy.train()  # there is no dropout; gradient checkpointing needs train mode
+    if config.gradient_checkpointing:
+        policy.activation_checkpointing_enable({"use_reentrant": False})
+    reference = None
+    if scope.STRATEGIES[config.selection.strategy].selects:
+        reference = copy.deepcopy(policy).eval().requires_grad_(False)
+        if config.offload:
+            models.offload_weights(reference)
+    # gradients are allocated only here, because DDP turns them into views of its buckets
+    for parameter in policy.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    loss = world.ddp(MicroBatchLoss(policy, config))
+    optimizer = MasterAdamW(
+        policy.named_parameters(),
+        world,
+        lr=config.optimizer.lr,
+        offload=config.offload,
+        weight_decay=config.optimizer.weight_decay,
+    )
+    prompts = [data.prompt_ids(tokenizer, file, config.prompt) for file in heldout.values()]
+    fingerprints = {
+        "the model": models.fingerprint(policy),
+        "the training problems": fingerprint(problems),
+        "evaluation.data": fingerprint(heldout),
+        "the tokenizer": fingerprint([prompts, stop]),
+        "precision": str(world.dtype),
+    }
+    return Run(
+        config,
+        world,
+        folder,
+        policy,
+        tokenizer,
+        stop,
+        problems,
+        heldout,
+        reference,
+        loss,
+        optimizer,
+        fingerprints,
+    )
+
+
+def describe(
+    config, model, tokenizer, problems: list[dict], heldout: dict[str, list[dict]], ranks: int
+) -> str:
+    """Describe a run in numbers, with its settings and what the model will see."""
+    completions = config.prompts_per_step * config.group_size
+    epoch = len(problems) // config.prompts_per_step
+    evaluated = sum(map(len, heldout.values())) * config.evaluation.samples
+    prompt = data.prompt_ids(tokenizer, problems[:1], config.prompt)[0]
+    parameters = sum(p.numel() for p in model.parameters())
+    defaults = read_defaults()
+    changed = [f"{key}={value}" for key, value in flatten(config).items() if value != defaults[key]]
+    return (
+        f"settings other than in config.yaml: {', '.join(changed) or 'none'}\n"
+        f"model: {parameters:,} parameters, vocabulary {model.config.vocab_size:,}, "
+        f"context {model.config.max_position_embeddings:,}\n"
+        f"first prompt: {tokenizer.decode(prompt)!r}; stop ids: "
+        f"{models.describe_ids(models.stop_ids(model, tokenizer), tokenizer)}\n"
+        f"a step: {config.prompts_per_step} problems x {config.group_size} = {completions} "
+        f"completions of up to {config.max_new_tokens} tokens, {completions // ranks} of them "
+        f"on each of {ranks} rank(s); {config.updates_per_rollout} update(s)\n"
+        f"{config.steps} steps = {config.steps / epoch:.2f} epochs of {len(problems):,} problems; "
+        f"{evaluated:,} completions in each evaluation before and after training"
+    )
+
+
+def dry_run(config) -> None:
+    """Print what the run would be, with its memory; load no weights and write nothing."""
+    ranks = distributed.num_ranks()
+    problems, heldout = data.load_problems(config)
+    model, tokenizer = toy.blank_model(config)
+    problems = data.drop_long_prompts(
+        problems, tokenizer, model.config.max_position_embeddings, config
+    )
+    evaluated = [problem for file in heldout.values() for problem in file]
+    prompts = data.prompt_ids(tokenizer, problems + evaluated, config.prompt)
+    models.check_lengths(model.config, prompts, config.max_new_tokens)
     strategy = scope.STRATEGIES[config.selection.strategy]
-    needed = partial(
-        memory.estimate, run.policy.config, sum(p.numel() for p in run.policy.parameters()), ranks=ranks,
-        precision="fp32" if config.precision == "fp32" else "bf16", prompt=max(map(len, prompts)),
-        reference=strategy.selects or config.grpo.kl_coef > 0,
-        all_selected=strategy.share == 1 or config.grpo.kl_coef > 0)
-    return run, prompts, needed
+    estimate = memory.estimate(
+        model.config,
+        sum(p.numel() for p in model.parameters()),
+        config,
+        ranks=ranks,
+        prompt=max(map(len, prompts)),
+        precision="fp32" if config.precision == "fp32" else "bf16",
+        reference=strategy.selects,
+        all_selected=strategy.fraction == 1,
+    )
+    print(describe(config, model, tokenizer, problems, heldout, ranks))
+    print(memory.table(estimate))
 
 
-def dry_run(config, keys: dict, problems: list, heldout: dict[str, list]) -> None:
-    """Prints what the run would be."""
-    ranks, defaults = int(os.environ.get("WORLD_SIZE", "1")), configs.read_defaults()
-    run, prompts, needed = foreseen(config, problems, heldout, ranks)
-    print(memory.report(
-        run.policy, run.tokenizer, changed={key: value for key, value in keys.items() if value != defaults[key]},
-        prompts=prompts, problems=len(run.problems), heldout=sum(map(len, heldout.values())), config=config,
-        ranks=ranks, stop_ids=models.describe(run.stop, run.tokenizer), needed=needed))
+def run_training(run: Run, resume: bool) -> None:
+    """Restore the last checkpoint of a run, train, and evaluate before and after."""
+    config = run.config
+    world = run.world
+    saved = checkpoint.latest(run.folder) if resume else None
+    require(
+        saved is not None or config.resume is not True,
+        f"resume=true: {run.folder} has no checkpoint yet; delete it and start again, or give "
+        "resume=auto",
+    )
+    base = evaluate_base(run)  # before a checkpoint is loaded: the policy still is the base model
+    start = 0
+    if saved is not None:
+        start = checkpoint.load(run, saved)
+    log = Log(run.folder, config, start, active=world.is_main)
+    text = describe(config, run.policy, run.tokenizer, run.problems, run.heldout, world.size)
+    log.print(f"{run.folder}: {text}")
+    if start == 0:
+        log.metrics(0, evaluation_metrics(base))
+    train(run, log, start)
+    finish(run, log, base)
 
 
-def main(keys: dict) -> None:
-    config = configs.namespace(configs.nest(keys))
-    steps.check_methods(config)
-    folder = None if config.dry_run else runs.run_folder(config, keys)
-    if folder and config.resume and runs.is_finished(folder, config.steps):
-        configs.print_notes([f"{folder} is finished: {config.steps} steps; evaluation.json has its table"])
-        return
-    problems, heldout, notes = data.problem_sets(config)
-    configs.require(len(problems) >= config.prompts_per_step,
-                    f"prompts_per_step={config.prompts_per_step}: there are only {len(problems)} problems to train on; "
-                    + "; ".join(["lower it or give more", *notes]))
-    if grpo.OBJECTIVES[config.objective].off_policy and config.grpo.updates_per_rollout == 1:
-        notes.append(f"objective={config.objective} has no effect with one update per rollout, for its penalty is to "
-                     "the policy that sampled; give grpo.updates_per_rollout=2 or more")
-    configs.print_notes(notes)
+def main(arguments: list[str]) -> None:
+    show_help(arguments, __doc__)
+    config = load_config(arguments)
+    check_methods(config)
     if config.dry_run:
-        if os.environ.get("RANK", "0") == "0":
-            dry_run(config, keys, problems, heldout)
+        dry_run(config)
         return
-    rank = int(os.environ.get("RANK", "0"))
-    with processes.only_one(folder / "lock", rank), distributed.joined(
-            config.precision, config.distributed_timeout) as world, watch.watching(
-            folder / "ranks", world.rank, world.size, 60 * config.distributed_timeout, distributed.barrier):
-        if config.fit_batches and world.device.type == "cuda":
-            _, _, needed = foreseen(config, problems, heldout, world.size)
-            words = memory.fit(0.9 * torch.cuda.mem_get_info()[0], config, needed)
-            configs.print_notes([f"fit_batches: {words}"])
-        train(config, keys, folder, problems, heldout, world)
+    folder, resume = open_run_folder(config)
+    if resume and (folder / "evaluation.json").exists():
+        note(f"{folder} is finished; evaluation.json has its table")
+        return
+    with distributed.start(config.precision, config.distributed_timeout) as world:
+        run = set_up(config, world, folder)
+        with lock(folder / "lock") if world.is_main else nullcontext():
+            run_training(run, resume)
 
 
 if __name__ == "__main__":
-    with configs.one_line_errors():
-        main(KEYS)
+    with one_line_errors():
+        main(sys.argv[1:])

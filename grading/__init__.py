@@ -1,10 +1,20 @@
-"""Mathematics: where a text holds its final answer, and whether two answers are the same."""
+r"""Grades mathematics: finds the final answer in a completion and compares it with the gold answer.
+
+A grader takes (completion, gold answer) and returns whether the completion is right.
+"""
 
 from grading import math_verify
 from grading.answers import extract_answer, gold_answer
 from grading.matching import answer_key, is_equal
+from grading.math_verify import GraderError
 
-__all__ = ["GRADERS", "READ_TEXT", "answer_key", "extract_answer", "gold_answer", "is_equal"]
+__all__ = ["GRADERS", "GraderError", "answer_key", "extract_answer", "gold_answer", "is_equal"]
 
-GRADERS = {"exact": is_equal, "math_verify": math_verify.is_equal, "math_verify_text": math_verify.text_is_equal}
-READ_TEXT = {"math_verify_text"}  # (completion, gold) -> bool; the others (answer, gold) -> bool
+
+def grade_exactly(text: str, gold: str) -> bool:
+    r"""Return whether the last \boxed{} of a completion holds the gold answer."""
+    answer = extract_answer(text)
+    return answer is not None and is_equal(answer, gold)
+
+
+GRADERS = {"exact": grade_exactly, "math_verify": math_verify.grade}

@@ -1,14 +1,14 @@
-"""Where a text holds its final answer: a completion in its last \\boxed{}, a problem's field in its owner's way."""
+r"""Finds the final answer in a text: a completion's last \boxed{}, or a data set's answer field."""
 
 import json
 import math
 import re
 
-_BRACES = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
+TOKEN = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
 
 
 def extract_answer(text: str) -> str | None:
-    r"""What the last \boxed{} of a text holds whose braces balance; None if there is none.
+    r"""Return the content of the last \boxed{} whose braces balance, None if there is none.
 
     Only the last 20,000 characters are looked at, which bounds the work.
 
@@ -16,22 +16,28 @@ def extract_answer(text: str) -> str | None:
     '\\frac{1}{2}'
     """
     text = text[-20_000:]
-    depth, boxes, last = 0, [], (-1, -1)  # boxes: depth and place of those still open
-    for token in _BRACES.finditer(text):
-        if token[0] == "}":
-            if boxes and boxes[-1][0] == depth:
-                _, start = boxes.pop()
-                last = max(last, (start, token.start()))
-            depth -= 1
-        elif token[0] == "{" or token[0].startswith(r"\boxed"):
-            depth += 1
-            if token[0] != "{":
-                boxes.append((depth, token.end()))
-    return text[slice(*last)] if last[0] >= 0 else None
+    answer = None
+    answer_start = -1
+    open_braces = []  # for each where the content of its box starts, -1 if it opens none
+    for token in TOKEN.finditer(text):
+        if token[0] == "{":
+            open_braces.append(-1)
+        elif token[0].startswith(r"\boxed"):
+            open_braces.append(token.end())
+        elif token[0] == "}" and open_braces:
+            start = open_braces.pop()
+            if start > answer_start:
+                answer_start = start
+                answer = text[start : token.start()]
+    return answer
 
 
 def gold_answer(value, name: str) -> str:
-    """The final answer in a field: after GSM8K's last ####, in MATH's last \\boxed{}, or the field as it stands."""
+    r"""Return the final answer in a data set's field of this name, "" if there is none.
+
+    It is what follows GSM8K's last ####, the content of MATH's last \boxed{}, or the whole field.
+    Raises ValueError if the field is neither text nor a number.
+    """
     if type(value) is int or (type(value) is float and math.isfinite(value)):
         return str(int(value)) if value == int(value) else repr(value)  # 27.0 is 27
     if value is None:
@@ -40,6 +46,6 @@ def gold_answer(value, name: str) -> str:
         raise ValueError(f'"{name}" must be text or a number, not {json.dumps(value)[:40]}')
     if "####" in value:
         return value.rpartition("####")[2].strip()
-    if r"\boxed" in value or name == "solution":  # a solution's prose is no answer
+    if r"\boxed" in value or name == "solution":  # the prose of a solution is no answer
         return (extract_answer(value) or "").strip()
     return value.strip()

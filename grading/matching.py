@@ -1,25 +1,29 @@
-"""Two final answers as trees of lists, sets, tuples, matrices, relations and values, and whether they match."""
+"""Compares two final answers as trees of lists, sets, tuples, matrices, relations and values."""
 
 import re
 from itertools import accumulate
+from typing import NamedTuple
 
-from grading import values
-from grading.expressions import Expression
-from grading.latex import TOKEN, normalise, units_differ, wording
-from grading.values import Budget, NoValue
+from grading.exact import ONE, Budget, NoValue, read_value, symbol
+from grading.latex import TOKEN, normalise, plain_text, units_differ
 
-_RELATIONS = {"=", "!=", "<", "<=", ">", ">=", r"\in"}
-_LETTER = r"(?!\\pi|\\infty)\\?[a-zA-Z]+(?:_(?:\w|\{[^{}]*\}))?'*"
-_NAME = re.compile(rf'(?:{_LETTER}|"[a-zA-Z ]+")(?:\([\w, ]+\))?|\({_LETTER}(?:, ?{_LETTER})*\)')  # x_1, f(x), (a, b)
-_MATRIX = re.compile(r"\\begin\{((?:small|[pbB])?matrix|array)\}(?:\{[clr|]*\})?(.*)\\end\{\1\}", re.DOTALL)
-_OPENING, _CLOSING = ["(", "[", "{", r"\{"], [")", "]", "}", r"\}"]
+RELATIONS = {"=", "!=", "<", "<=", ">", ">=", r"\in"}
+BRACKETS = {"(": ")", "[": "]", "{": "}", r"\{": r"\}"}
+LETTER = r"(?!\\pi|\\infty)\\?[a-zA-Z]+(?:_(?:\w|\{[^{}]*\}))?'*"
+NAME = re.compile(  # x_1, f(x), "Area", (a, b)
+    rf'(?:{LETTER}|"[a-zA-Z ]+")(?:\([\w, ]+\))?|\({LETTER}(?:, ?{LETTER})*\)'
+)
+MATRIX = re.compile(
+    r"\\begin\{((?:small|[pbB])?matrix|array)\}(?:\{[clr|]*\})?(.*)\\end\{\1\}", re.DOTALL
+)
 
 
 def is_equal(answer: str, gold: str) -> bool:
-    r"""Whether two final answers, in LaTeX or plain, are mathematically the same. Exact: no tolerance, no rounding.
+    r"""Return whether two final answers, in LaTeX or plain, are mathematically the same.
 
-    Units, percent and degree signs, and one side's `x =` are ignored; lists, sets and unions may be in any order,
-    tuples, intervals and matrices not. What is no mathematics is compared as text. Work is bounded; nothing is raised.
+    Exact: no tolerance, no rounding. Units, percent and degree signs, and one side's `x =` are
+    ignored. Lists, sets and unions may be in any order; tuples, intervals and matrices may not.
+    What is no mathematics is compared as text. Work is bounded, and nothing is raised.
 
     >>> is_equal(r"x = 1\frac{1}{2} \text{ cm}", "3/2")
     True
@@ -28,153 +32,207 @@ def is_equal(answer: str, gold: str) -> bool:
     """
     if len(answer) + len(gold) > 1000:
         return answer.strip() == gold.strip() != ""
-    one, other = normalise(answer), normalise(gold)
-    if not wording(one) or not wording(other) or wording(one) == wording(other):
-        return wording(one) == wording(other) != ""
-    if units_differ(one, other):
-        return False
+    answer = normalise(answer)
+    gold = normalise(gold)
+    text = plain_text(answer)
+    gold_text = plain_text(gold)
+    if text == gold_text or not text or not gold_text or units_differ(answer, gold):
+        return text == gold_text != ""
     budget = Budget()
     try:
-        return match(read(one, budget), read(other, budget), budget)
+        return is_match(read(answer, budget), read(gold, budget))
     except NoValue:
         return False
-
-
-def split(text: str, separators: set) -> tuple[list[str], list[str]]:
-    """The pieces between separators that stand outside all brackets, and those separators."""
-    depth, pieces, found = 0, [""], []
-    for token in TOKEN.findall(text):
-        depth += (token in _OPENING) - (token in _CLOSING)
-        if depth == 0 and token in separators:
-            pieces.append("")
-            found.append(token)
-        else:
-            pieces[-1] += token
-    return [piece.strip() for piece in pieces], found
-
-
-def read(text: str, budget: Budget, depth: int = 0) -> tuple:
-    """The tree of a normalised text, a tuple of its kind and its parts.
-
-    ("list", items), ("set", items), ("[)", items) for any other brackets, ("matrix", rows), ("value", its value),
-    ("text", letters), and (sign, left, right, text of left, text of right) for a relation, > and >= turned round.
-    """
-    if depth > 8:
-        raise NoValue("too deep")
-
-    def inner(part: str) -> tuple:
-        return read(part, budget, depth + 1)
-
-    def joined(pieces: list[str]) -> tuple:
-        trees = [inner(piece) for piece in pieces if piece]
-        return "list", [item for tree in trees for item in (tree[1] if tree[0] == "list" else [tree])]
-
-    pieces, found = split(text, {",", r"\cup"})  # a union is a list of intervals
-    if found:
-        return joined(pieces)
-    pieces, found = split(text, _RELATIONS)
-    if found and found[0][0] == ">":
-        pieces, found = pieces[::-1], [sign.replace(">", "<") for sign in found[::-1]]
-    if len(found) > 1 and set(found) == {"="}:  # x = 2 + 3 = 5
-        pieces, found = [pieces[0] if _NAME.fullmatch(pieces[0]) else pieces[-2], pieces[-1]], ["="]
-    named = [bool(_NAME.fullmatch(piece)) for piece in pieces]
-    if named == [False, True, False] and set(found) <= {"<", "<="}:
-        brackets = ("[" if "=" in found[0] else "(") + ("]" if "=" in found[1] else ")")
-        return brackets, [inner(pieces[0]), inner(pieces[2])]  # a < x <= b is (a, b]
-    if len(found) > 1:
-        return "text", wording(text)
-    if found:
-        return found[0], inner(pieces[0]), inner(pieces[1]), *pieces
-    tokens = TOKEN.findall(text) or [""]
-    if matrix := _MATRIX.fullmatch(text):
-        rows = split(matrix[2], {r"\\"})[0]
-        return "matrix", [("row", [inner(cell) for cell in split(row, {"&"})[0]]) for row in rows if row]
-    depths = list(accumulate((token in _OPENING) - (token in _CLOSING) for token in tokens))
-    if tokens[0] in _OPENING and 0 in depths and depths.index(0) == len(tokens) - 1:
-        pieces, found = split("".join(tokens[1:-1]), {","})
-        if not found and tokens[-1] == _CLOSING[_OPENING.index(tokens[0])]:
-            return inner(pieces[0])
-        if found and "{" in tokens[0]:
-            return "set", joined(pieces)[1]
-        if found:
-            return tokens[0] + tokens[-1], [inner(piece) for piece in pieces]
-    if r"\pm" in tokens:
-        plus, minus = (text.replace(r"\pm", a).replace(r"\mp", b) for a, b in ("+-", "-+"))
-        return joined([plus, minus])
-    try:
-        return "value", Expression(text, budget).value()
-    except NoValue:
-        return "text", wording(text)
-
-
-def match(a: tuple, b: tuple, budget: Budget) -> bool:
-    """Whether two trees mean the same."""
-    kinds = {a[0], b[0]}
-    if len(kinds) == 2 and kinds != {"list", "set"}:
-        if b[0] in _RELATIONS:
-            a, b = b, a
-        return a[0] in _RELATIONS and (bare := without_name(*a, budget)) is not None and match(bare, b, budget)
-    if a[0] == "text":
-        return a[1] == b[1]
-    if a[0] == "value":
-        return values.equal(a[1], b[1], budget)
-    if a[0] in _RELATIONS:
-        return match_relations(a, b, budget)
-    if len(a[1]) != len(b[1]):
-        return False
-    names = [{item[3].partition("_")[0] for item in tree[1] if item[0] == "="} for tree in (a, b)]
-    if not kinds <= {"list", "set"} or (max(map(len, names)) > 1 and not all(names)):  # x = 1, y = 2 has an order
-        return all(match(x, y, budget) for x, y in zip(a[1], b[1]))
-    left = list(b[1])
-    for x in a[1]:
-        place = next((i for i, y in enumerate(left) if match(x, y, budget)), None)
-        if place is None:
-            return False
-        del left[place]
-    return True
-
-
-def without_name(sign: str, left: tuple, right: tuple, left_text: str, right_text: str, budget: Budget) -> tuple | None:
-    """`x = 3` as 3, `2 + 1 = 3` too, `x in S` as S, `x < 3` as (-infinity, 3); None for what says more."""
-    named = [bool(_NAME.fullmatch(text)) for text in (left_text, right_text)]
-    if sign in ("=", r"\in"):
-        return right if named[0] or (sign == "=" and match(left, right, budget)) else None
-    if sign == "!=" or named[0] == named[1]:
-        return None
-    infinity = values.symbol(r"\infty")
-    if named[0]:
-        return ("(]" if "=" in sign else "()"), [("value", values.negative(infinity)), right]
-    return ("[)" if "=" in sign else "()"), [left, ("value", infinity)]
-
-
-def match_relations(a: tuple, b: tuple, budget: Budget) -> bool:
-    """The same sides, or left - right the same up to a factor, which an inequality needs positive."""
-    if match(a[1], b[1], budget) and match(a[2], b[2], budget):
-        return True
-    if {side[0] for side in (*a[1:3], *b[1:3])} != {"value"}:
-        return False
-    (n, d), (m, e) = (values.difference(relation[1][1], relation[2][1], budget) for relation in (a, b))
-    if n.keys() != m.keys() or not n.keys() - {()} or (a[0][0] == "<" and (d, e) != (values.ONE, values.ONE)):
-        return False
-    ratios = {n[monomial] / m[monomial] for monomial in n}
-    return len(ratios) == 1 and (a[0][0] != "<" or ratios.pop() > 0)
 
 
 def answer_key(answer: str) -> str:
-    """A text that equal answers share, to count votes by; answers that share it are equal, units aside."""
-
-    def key(tree: tuple) -> str:
-        if tree[0] in ("value", "text"):
-            return values.canonical(tree[1]) if tree[0] == "value" else tree[1]
-        if tree[0] in _RELATIONS:
-            return f"{key(tree[1])} {tree[0]} {key(tree[2])}"
-        parts = [key(part) for part in tree[1]]
-        return f"list{sorted(parts)}" if tree[0] in ("list", "set") else f"{tree[0]}{parts}"
-
+    """Return a text to count votes by: answers that share it are equal, units aside."""
     if len(answer) > 1000:
         return answer.strip()
-    text = normalise(answer)
+    answer = normalise(answer)
+    text = plain_text(answer)
     try:
-        return wording(text) if re.fullmatch("[a-zA-Z]{2,}", wording(text)) else key(read(text, Budget()))
+        return text if re.fullmatch("[a-zA-Z]{2,}", text) else str(read(answer, Budget()))
     except NoValue:
-        return wording(text)
+        return text
+
+
+# ---------------------------------------------------------------- reading
+
+
+class Node(NamedTuple):
+    r"""One node of an answer's tree.
+
+    kind                          content
+    list, set, matrix, row        nodes
+    (), [], (], [), \{\}, ...     the nodes between these brackets
+    =, !=, <, <=, \in             the nodes of the two sides, whose texts are `sides`
+    value                         a Value
+    text                          a string
+    """
+
+    kind: str
+    content: object
+    sides: tuple = ()
+
+    def __str__(self):
+        if self.kind in ("value", "text"):
+            return str(self.content)
+        nodes = [str(node) for node in self.content]
+        if self.kind in ("list", "set"):
+            return f"list{sorted(nodes)}"
+        return f"{self.kind}{nodes}"
+
+
+def nesting(token: str) -> int:
+    """Return 1 for an opening bracket, -1 for a closing one, else 0."""
+    return (token in BRACKETS) - (token in BRACKETS.values())
+
+
+def split(text: str, separators: set) -> tuple[list, list]:
+    """Return the pieces between separators outside all brackets, and these separators."""
+    depth = 0
+    pieces = [""]
+    separating = []
+    for token in TOKEN.findall(text):
+        depth += nesting(token)
+        if depth == 0 and token in separators:
+            pieces.append("")
+            separating.append(token)
+        else:
+            pieces[-1] += token
+    return [piece.strip() for piece in pieces], separating
+
+
+def read(text: str, budget: Budget, depth: int = 0) -> Node:
+    """Return the tree of a normalised answer."""
+    if depth > 8:
+        raise NoValue("too deep")
+
+    def read_all(texts):
+        return [read(text, budget, depth + 1) for text in texts]
+
+    def read_list(texts):
+        """Read the items of a list; a list among them adds its own items."""
+        items = []
+        for node in read_all(filter(None, texts)):
+            items += node.content if node.kind == "list" else [node]
+        return items
+
+    items, commas = split(text, {",", r"\cup"})  # a union is a list of intervals
+    if commas:
+        return Node("list", read_list(items))
+    sides, signs = split(text, RELATIONS)
+    if signs:
+        return read_relation(text, sides, signs, read_all)
+    if matrix := MATRIX.fullmatch(text):
+        rows = filter(None, split(matrix[2], {r"\\"})[0])
+        return Node("matrix", [Node("row", read_all(split(row, {"&"})[0])) for row in rows])
+    tokens = TOKEN.findall(text) or [""]
+    depths = [*accumulate(map(nesting, tokens)), 0]
+    if tokens[0] in BRACKETS and depths.index(0) == len(tokens) - 1:  # all is within one bracket
+        items, commas = split("".join(tokens[1:-1]), {","})
+        if not commas and tokens[-1] == BRACKETS[tokens[0]]:
+            return read(items[0], budget, depth + 1)
+        if commas and "{" in tokens[0]:
+            return Node("set", read_list(items))
+        if commas:
+            return Node(tokens[0] + tokens[-1], read_all(items))
+    if r"\pm" in tokens:
+        plus = text.replace(r"\pm", "+").replace(r"\mp", "-")
+        minus = text.replace(r"\pm", "-").replace(r"\mp", "+")
+        return Node("list", read_list([plus, minus]))
+    try:
+        return Node("value", read_value(text, budget))
+    except NoValue:
+        return Node("text", plain_text(text))
+
+
+def read_relation(text: str, sides: list, signs: list, read_all) -> Node:
+    """Return the tree of a relation: > and >= are turned round, a < x <= b is (a, b]."""
+    if signs[0][0] == ">":
+        sides = sides[::-1]
+        signs = [sign.replace(">", "<") for sign in signs[::-1]]
+    if len(signs) > 1 and set(signs) == {"="}:  # x = 2 + 3 = 5 says x = 5
+        left = sides[0] if NAME.fullmatch(sides[0]) else sides[-2]
+        sides = [left, sides[-1]]
+        signs = ["="]
+    named = [bool(NAME.fullmatch(side)) for side in sides]
+    if named == [False, True, False] and set(signs) <= {"<", "<="}:
+        brackets = ("[" if "=" in signs[0] else "(") + ("]" if "=" in signs[1] else ")")
+        return Node(brackets, read_all(sides[::2]))
+    if len(signs) > 1:
+        return Node("text", plain_text(text))
+    return Node(signs[0], read_all(sides), tuple(sides))
+
+
+# ---------------------------------------------------------------- comparing
+
+
+def is_match(a: Node, b: Node) -> bool:
+    """Return whether two trees mean the same."""
+    kinds = {a.kind, b.kind}
+    if len(kinds) == 2 and kinds != {"list", "set"}:
+        if b.kind in RELATIONS:
+            return is_match_without_name(b, a)
+        return a.kind in RELATIONS and is_match_without_name(a, b)
+    if a.kind in ("text", "value"):
+        return a.content == b.content
+    if a.kind in RELATIONS:
+        return is_match_of_relations(a, b)
+    if len(a.content) != len(b.content):
+        return False
+    if not kinds <= {"list", "set"} or is_ordered(a, b):
+        return all(map(is_match, a.content, b.content))
+    unmatched = list(b.content)
+    for x in a.content:
+        i = next((i for i, y in enumerate(unmatched) if is_match(x, y)), None)
+        if i is None:
+            return False
+        del unmatched[i]
+    return True
+
+
+def is_ordered(a: Node, b: Node) -> bool:
+    """Return whether two lists must have the same order: `x = 1, y = 2` against `1, 2`."""
+    counts = []  # of different names in x = 1, y = 2
+    for node in (a, b):
+        names = {item.sides[0].partition("_")[0] for item in node.content if item.kind == "="}
+        counts.append(len(names))
+    return min(counts) == 0 and max(counts) > 1
+
+
+def is_match_without_name(relation: Node, other: Node) -> bool:
+    """Compare x = 3 as 3, 2 + 1 = 3 as 3, x in S as S, x < 3 as (-infinity, 3)."""
+    left, right = relation.content
+    left_named, right_named = [bool(NAME.fullmatch(side)) for side in relation.sides]
+    if relation.kind == "=":
+        return (left_named or is_match(left, right)) and is_match(right, other)
+    if relation.kind == r"\in":
+        return left_named and is_match(right, other)
+    if relation.kind == "!=" or left_named == right_named:
+        return False
+    infinity = symbol(r"\infty", Budget())
+    brackets = "(]" if left_named else "[)"
+    if relation.kind == "<":
+        brackets = "()"
+    ends = [Node("value", -infinity), right] if left_named else [left, Node("value", infinity)]
+    return is_match(Node(brackets, ends), other)
+
+
+def is_match_of_relations(a: Node, b: Node) -> bool:
+    """Compare left - right up to a factor, which must be positive for an inequality."""
+    if all(map(is_match, a.content, b.content)):
+        return True
+    if any(side.kind != "value" for side in (*a.content, *b.content)):
+        return False
+    one = a.content[0].content + -a.content[1].content
+    other = b.content[0].content + -b.content[1].content
+    monomials = one.numerator.keys()
+    if monomials != other.numerator.keys() or not monomials - {()}:
+        return False
+    ratios = {one.numerator[monomial] / other.numerator[monomial] for monomial in monomials}
+    is_polynomial = one.denominator == other.denominator == ONE
+    if a.kind in ("<", "<=") and (min(ratios) < 0 or not is_polynomial):
+        return False
+    return len(ratios) == 1

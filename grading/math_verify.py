@@ -1,8 +1,8 @@
-"""The library Math-Verify as a grader, in a process of its own that can be killed.
+"""Grades with the library Math-Verify, in a child process that can be killed.
 
-It hands answers to sympy, which a tower of powers keeps busy for ever, and its own time limits are alarms, which need
-the main thread and do not stop everything. So a child process (this file run as a command) reads a JSON line
-[gold, text] and writes true or false; where that takes longer than LIMIT it is killed, and the answer is wrong.
+The library hands answers to sympy, which never finishes a tower of powers, and its own time limits
+are alarms, which need the main thread and do not stop everything. So this file also runs as a
+command, the child: it reads a JSON line [gold, text] and writes true or false.
 """
 
 import atexit
@@ -12,53 +12,61 @@ import signal
 import subprocess
 import sys
 
-START, LIMIT = 120.0, 5.0  # seconds to import sympy on a busy machine, and for one verdict
-LONGEST = 1000  # characters; what is longer is no final answer, and takes the library seconds or all memory
+START = 120.0  # seconds to import sympy, on a busy machine
+LIMIT = 5.0  # seconds for one verdict; then the child is killed, and the answer counts as wrong
 
-_child: subprocess.Popen | None = None
-
-
-def is_equal(answer: str, gold: str) -> bool:
-    """Whether Math-Verify finds the answer equal to the gold one; False if it cannot say in time."""
-    if answer.strip() == gold.strip():
-        return bool(gold.strip())
-    if max(len(answer), len(gold)) > LONGEST:
-        return False
-    return text_is_equal(f"$\\boxed{{{answer}}}$", gold)
+_child = None  # the running child process
 
 
-def text_is_equal(text: str, gold: str) -> bool:
-    """The same of the answer that Math-Verify itself finds in a text, in a box or not."""
+class GraderError(RuntimeError):
+    """The grader does not work on this machine."""
+
+
+def grade(text: str, gold: str) -> bool:
+    r"""Return whether the answer that the library finds in a completion equals the gold answer.
+
+    The answer may stand in a \boxed{} or not. Raises GraderError if the library does not start.
+    """
     global _child
-    text = text[-20 * LONGEST :]  # where an answer stands
     if _child is None or _child.poll() is not None:
-        _child = subprocess.Popen([sys.executable, "-P", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                  stderr=subprocess.DEVNULL, text=True,  # -P: its own folder would hide the library
-                                  start_new_session=True)  # a Ctrl-C is not meant for it
-        atexit.register(_child.kill)
-        if reply(_child, START) != "ready":
-            from support.config import UserError  # here, for the child cannot import it
-
-            raise UserError("reward.grader=math_verify: the library does not start: try "
-                            "`python -c 'import math_verify'`")
+        _child = start()
     try:
-        _child.stdin.write(json.dumps([f"$\\boxed{{{gold}}}$", text]) + "\n")
+        request = [f"$\\boxed{{{gold}}}$", text[-20_000:]]
+        _child.stdin.write(json.dumps(request) + "\n")
         _child.stdin.flush()
-        verdict = reply(_child, LIMIT)
+        verdict = read_line(_child, LIMIT)
     except BrokenPipeError:
-        verdict = None
-    if verdict is None:
+        verdict = ""
+    if not verdict:
         stop()
     return verdict == "true"
 
 
-def reply(child: subprocess.Popen, seconds: float) -> str | None:
-    """The child's next line; None if it does not come in time, or never."""
+def start() -> subprocess.Popen:
+    """Start the child and wait until it has imported the library."""
+    child = subprocess.Popen(
+        [sys.executable, "-P", __file__],  # -P: this file's folder would hide the library
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,  # so that Ctrl-C does not reach it
+    )
+    atexit.register(child.kill)
+    if read_line(child, START) != "ready":
+        child.kill()
+        raise GraderError("the library does not start: try `python -c 'import math_verify'`")
+    return child
+
+
+def read_line(child, seconds: float) -> str:
+    """Return the child's next line, "" if it does not come in time."""
     ready, _, _ = select.select([child.stdout], [], [], seconds)
-    return (child.stdout.readline().strip() or None) if ready else None
+    return child.stdout.readline().strip() if ready else ""
 
 
-def stop() -> None:
+def stop():
+    """Kill the child; the next verdict starts another one."""
     global _child
     if _child is not None:
         _child.kill()
@@ -66,18 +74,19 @@ def stop() -> None:
         _child = None
 
 
-def serve() -> None:
-    """The child: one verdict a line, until its input ends with the parent's life."""
+def serve():
+    """Run the child: write one verdict for each line, until the parent closes the input."""
     from math_verify import parse, verify
 
-    replies, sys.stdout = sys.stdout, sys.stderr  # nothing that the library prints may look like a verdict
+    replies = sys.stdout
+    sys.stdout = sys.stderr  # what the library prints must not look like a verdict
     print("ready", file=replies, flush=True)
     for line in sys.stdin:
-        signal.alarm(60)  # ends an orphan that hangs
+        signal.alarm(60)  # ends a child that hangs after its parent has died
         try:
-            gold, answer = (parse(text, parsing_timeout=None) for text in json.loads(line))
-            verdict = bool(verify(gold, answer, timeout_seconds=None))  # not symmetric: gold comes first
-        except Exception:  # whatever the library raises on text that is no mathematics
+            gold, answer = [parse(text, parsing_timeout=None) for text in json.loads(line)]
+            verdict = bool(verify(gold, answer, timeout_seconds=None))  # the gold answer is first
+        except Exception:  # the library raises anything on text that is no mathematics
             verdict = False
         print(json.dumps(verdict), file=replies, flush=True)
         signal.alarm(0)

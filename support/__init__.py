@@ -1,1 +1,1 @@
-"""What any trainer needs, and nothing of the method: config, files, ranks, checkpoints, models, memory, statistics."""
+"""What any trainer needs and nothing of the method: settings, ranks, files, models."""

@@ -1,109 +1,167 @@
-"""Config: config.yaml's defaults, `key=value` overrides typed by them, and one line for every mistake.
-
-Standard library and yaml only, so that a typo is reported before torch is imported.
-"""
+"""Settings: config.yaml, a recipe and key=value arguments; errors in one line."""
 
 import difflib
+import math
 import os
-import re
 import sys
-import time
-from collections import Counter
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
+import torch
 import yaml
 
-from support import signals
-from support.checks import UserError, check, check_file, check_model, listed, require
-
 DEFAULTS = Path(__file__).parents[1] / "config.yaml"
-SHORT = {"data": "data.file", "reward": "reward.kind"}
+
+# ---------------------------------------------------------------- errors
 
 
-class Loader(yaml.SafeLoader):
-    """YAML of plain settings: 1e-6 is a number and 010 none, as in version 1.2; no dates; nothing twice, no key of
-    a mapping and none by reference, for ten lines of references can stand for a billion words."""
+class UserError(Exception):
+    """A mistake of the user. Its message is one line that names the thing and says what to do."""
 
-    def compose_node(self, parent, index):
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("references (*name) are not taken")
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node, deep=False):
-        (key, count), *_ = Counter(str(key.value) for key, _ in node.value).most_common(1) or [("", 0)]
-        if count > 1:
-            raise yaml.YAMLError(f"{key} stands twice, in line {node.start_mark.line + 1} or below")
-        return super().construct_mapping(node, deep)
+    exit_code = 2
 
 
-Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in known if not tag.endswith((":timestamp", ":int"))]
-    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9][\d_]{,30})$"), list("-+0123456789"))
-Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d[\d_]*(\.[\d_]*)?[eE][-+]?\d+$"),
-                             list("-+0123456789"))
+class RunError(UserError):
+    """A run that has to stop although its settings are valid, such as a loss that is not finite."""
+
+    exit_code = 1
 
 
-class Dumper(yaml.SafeDumper):
-    """Quotes a text, such as 1e-6, that YAML 1.1 or `Loader` would read as something else."""
+OUT_OF_MEMORY = (
+    "out of memory: lower micro_batch_tokens (or micro_batch_size) if it happened in the update, "
+    "rollout.batch_size if it happened in sampling, or give gradient_checkpointing=true or "
+    "offload=true; resume=true continues the run"
+)
 
 
-Dumper.yaml_implicit_resolvers = {
-    first: known + Loader.yaml_implicit_resolvers[first]
-    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+def require(condition: bool, message: str) -> None:
+    """Raise a UserError with this message unless the condition holds."""
+    if not condition:
+        raise UserError(message)
 
 
-def write_yaml(tree: dict) -> str:
-    return yaml.dump(tree, Dumper=Dumper, sort_keys=False)
-
-
-def read_yaml(text: str):
-    """As safe as safe_load. Whatever is wrong with the text is a YAMLError."""
-    if len(text) > 100_000:
-        raise yaml.YAMLError("it is longer than any settings are")
-    try:
-        return yaml.load(text, Loader)
-    except (ValueError, RecursionError, TypeError) as error:  # !!int x; a thousand brackets; a list as a key
-        raise yaml.YAMLError(f"{type(error).__name__}: {error}") from None
+def lookup(key: str, name: str, records: dict):
+    """Return records[name], or raise a UserError that lists the names."""
+    require(name in records, f"{key}={name}: give one of {', '.join(records)}")
+    return records[name]
 
 
 @contextmanager
-def one_line_errors():
-    """Turns a UserError into its message on stderr (once, from rank 0) and its exit code; a signal into a line too."""
-    signals.listen()
+def one_line_errors() -> Iterator[None]:
+    """End the program with one line on stderr when the user made a mistake or memory ran out."""
     try:
         yield
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            signals.report(f"error: {error}")
-        else:
-            time.sleep(2)  # torchrun ends all ranks with the first: let rank 0 speak
-        sys.exit(error.status)
+        if os.environ.get("RANK", "0") == "0":  # with torchrun all ranks make the same mistake
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except torch.OutOfMemoryError:
+        print(f"error: {OUT_OF_MEMORY}", file=sys.stderr)
+        sys.exit(RunError.exit_code)
+    except OSError as error:  # such as a full disk, or a folder that may not be written to
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(RunError.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
-def print_notes(notes: list[str]) -> None:
-    """On stderr, once, from rank 0."""
-    if os.environ.get("RANK", "0") == "0":
-        for note in notes:
-            print(f"note: {note}", file=sys.stderr, flush=True)
+# ---------------------------------------------------------------- loading
+
+
+def load_config(arguments: list[str], defaults: dict | None = None) -> SimpleNamespace:
+    """Read config.yaml, lay a recipe over it and key=value arguments over both.
+
+    `defaults` are a command's own further keys. Every value has the type of its default. With
+    resume= and name= the settings of that run are laid over config.yaml first, so that a run is
+    resumed without repeating its arguments. Returns nested attributes, config.optimizer.lr; raises
+    UserError.
+    """
+    flat = read_defaults() | (defaults or {})
+    overrides = {}
+    for argument in arguments:
+        key, equals, text = argument.partition("=")
+        require(bool(equals), f"argument {argument!r} is not key=value, as in optimizer.lr=1e-5")
+        overrides[key] = text
+    layers = []
+    if overrides.get("name") and overrides.get("resume", "false") != "false":
+        layers.append(read_run_config(Path("runs") / overrides["name"]))
+    if overrides.get("recipe"):
+        layers.append(read_recipe(overrides["recipe"]))
+    for layer in [*layers, overrides]:
+        for key, value in layer.items():
+            require(key in flat, f"unknown key {key}: {suggest(key, flat)}")
+            flat[key] = cast(key, value, flat[key])
+    check(flat)
+    return nest(flat)
 
 
 def read_defaults() -> dict:
-    """config.yaml as a flat dictionary, `{"optimizer.lr": 3e-05, ...}`."""
-    return flatten(read_yaml(DEFAULTS.read_text(encoding="utf-8")))
+    """Read config.yaml as a flat dictionary, {"optimizer.lr": 0.0002, ...}."""
+    return flatten(read_yaml(DEFAULTS))
 
 
-def flatten(tree: dict, prefix: str = "") -> dict:
+def read_recipe(file: str) -> dict:
+    """Read a recipe, a YAML file with some of the keys of config.yaml, as a flat dictionary."""
+    require(Path(file).is_file(), f"recipe={file}: there is no such file; recipes/ has some")
+    return flatten(read_yaml(Path(file)))
+
+
+def read_run_config(folder: Path) -> dict:
+    """Read the settings of an earlier run; {} if there is none.
+
+    Keys that no longer exist are left out.
+    """
+    file = folder / "config.yaml"
+    if not file.is_file():
+        return {}
+    known = read_defaults()
+    return {key: value for key, value in flatten(read_yaml(file)).items() if key in known}
+
+
+def read_yaml(file: Path) -> dict:
+    """Read a YAML file of settings, or raise UserError."""
+    try:
+        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f"{file} cannot be read: {' '.join(str(error).split())[:300]}") from None
+    require(
+        isinstance(tree, dict),
+        f"{file} holds no settings: give a YAML file with keys as in config.yaml",
+    )
+    return tree
+
+
+def flatten(tree: dict | SimpleNamespace, prefix: str = "") -> dict:
+    """Turn nested settings into one flat dictionary whose keys have dots."""
+    if isinstance(tree, SimpleNamespace):
+        tree = vars(tree)
     flat = {}
     for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        if isinstance(value, dict | SimpleNamespace):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
     return flat
 
 
-def nest(flat: dict) -> dict:
-    """The inverse of `flatten`."""
+def nest(flat: dict) -> SimpleNamespace:
+    """Turn a flat dictionary whose keys have dots into nested attributes."""
+    config = SimpleNamespace(**to_tree(flat))
+    for name, value in vars(config).items():
+        if isinstance(value, dict):
+            setattr(config, name, nest(value))
+    return config
+
+
+def to_yaml(flat: dict) -> str:
+    """Write flat settings as the nested YAML that read_yaml reads."""
+    return yaml.safe_dump(to_tree(flat), sort_keys=False, allow_unicode=True, width=1000)
+
+
+def to_tree(flat: dict) -> dict:
+    """Turn a flat dictionary whose keys have dots into nested dictionaries."""
     tree: dict = {}
     for key, value in flat.items():
         *groups, name = key.split(".")
@@ -114,155 +172,125 @@ def nest(flat: dict) -> dict:
     return tree
 
 
-def override(defaults: dict, arguments: list[str]) -> dict:
-    """The flat defaults with `key=value` arguments put in, each of its default's type."""
-    flat = dict(defaults)
-    for argument in arguments:
-        key, equals, text = argument.partition("=")
-        if not equals:
-            raise UserError(f"argument {argument!r} is not key=value; for example optimizer.lr=1.0e-5")
-        key = SHORT.get(key, key)
-        group = [name for name in defaults if name.startswith(key + ".")]
-        require(not group, f"{argument}: {key} is a group; its keys are {', '.join(group)}")
-        require(key in defaults, f"unknown config key {key!r}: {closest(key, defaults)}")
-        try:
-            value = text if isinstance(defaults[key], str) and text not in ("null", "~") else read_yaml(text)
-        except yaml.YAMLError:
-            value = text
-        flat[key] = typed(key, value, defaults[key], shown=text)
-    return flat
+def cast(key: str, value, default):
+    """Convert a value to the type of its default, or raise UserError.
 
-
-def typed(key: str, value, default, shown: str):
-    """`value`, if it has the default's type."""
-    if type(value) is int and type(default) is float:
-        value = float(value)
-    if type(value) is float and type(default) is int and value.is_integer():
-        value = int(value)  # 1e3
-    if value is None and type(default) is str:
-        value = ""
-    needed = " or ".join([NAMES[type(default)], *(words := WORDS.get(key, []))])
-    require(type(value) is type(default) or value in words, f"{key}={shown}: needs {needed}; write it like {default!r}")
-    return value
-
-
-def recipe_keys(arguments: list[str], known: dict) -> dict:
-    """The flat keys of the last `recipe=` among the arguments, each of its default's type; none without one."""
-    file = ([word.removeprefix("recipe=") for word in arguments if word.startswith("recipe=")] or [""])[-1]
-    if not file:
-        return {}
-    require(Path(file).is_file(), f"recipe={file}: no such file; recipes/ has some")
+    "1e-6" is a number and "true" a bool.
+    """
+    if key == "resume" and value == "auto":
+        return value
     try:
-        tree = read_yaml(Path(file).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"recipe={file} cannot be read: {' '.join(str(error).split())[:300]}") from None
-    require(isinstance(tree, dict), f"recipe={file}: give a YAML file of keys as in config.yaml")
-    flat = {SHORT.get(key, key): value for key, value in flatten(tree).items()}
-    for key in flat:
-        require(key in known, f"recipe={file}: unknown config key {key!r}: {closest(key, known)}")
-    try:
-        return {key: typed(key, value, known[key], shown=str(value)) for key, value in flat.items()}
-    except UserError as error:
-        raise UserError(f"recipe={file}: {error}") from None
+        if isinstance(default, bool):
+            return {"true": True, "false": False}[str(value).lower()]
+        if isinstance(default, int) and not isinstance(value, bool):
+            number = float(value)
+            if number.is_integer():  # 1e3 is a whole number too
+                return int(number)
+        if isinstance(default, float) and not isinstance(value, bool):
+            return float(value)
+    except (KeyError, ValueError, TypeError, OverflowError):
+        pass
+    if isinstance(default, str) and (value is None or isinstance(value, str)):
+        return value or ""
+    kind = {
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        str: "text (in quotes)",
+    }[type(default)]
+    raise UserError(f"{key}={value}: give {kind}, such as {default!r}")
 
 
-WORDS = {"resume": ["auto"]}  # that a key takes besides values of its default's type
-NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+def suggest(key: str, known: dict) -> str:
+    """Return a hint for a misspelled key."""
+    same_name = [other for other in known if other.split(".")[-1] == key.split(".")[-1]]
+    close = same_name or difflib.get_close_matches(key, known, n=1, cutoff=0.8)
+    if close:
+        return f"did you mean {' or '.join(close)}?"
+    members = [other for other in known if other.startswith(f"{key.split('.')[0]}.")]
+    return f"the keys are {', '.join(members) or 'those of config.yaml'}"
 
 
-def closest(key: str, keys) -> str:
-    """The key that is meant, or those of the same name or group, or every group: a hint that fits on one line."""
-    group, _, name = key.rpartition(".")
-    near = [k for k in keys if k.rpartition(".")[2] == name] or difflib.get_close_matches(key, keys, n=1, cutoff=0.8)
-    if near:
-        return f"did you mean {' or '.join(near)}?"
-    near = [k for k in keys if group and k.startswith(group + ".")]
-    return "the keys are " + ", ".join(near or sorted({k.partition(".")[0] for k in keys}))
+def split_list(text: str) -> list[str]:
+    """Split `a,b` or `[a,b]` into its words."""
+    words = [word.strip() for word in text.strip("[]").split(",")]
+    require(all(words), f"{text}: give a word, or several as [a,b]")
+    return words
 
 
-def namespace(tree: dict) -> SimpleNamespace:
-    """Nested dictionaries as attributes: config.optimizer.lr."""
-    return SimpleNamespace(**{k: namespace(v) if isinstance(v, dict) else v for k, v in tree.items()})
+def show_help(arguments: list[str], doc: str, defaults: dict | None = None) -> None:
+    """Print a command's docstring and every setting, and exit, if --help is among the arguments."""
+    if not {"-h", "--help"} & set(arguments):
+        return
+    print(doc.strip())
+    if defaults:
+        print(f"\nThis command's own settings:\n\n{to_yaml(defaults)}", end="")
+    print(f"\nAll settings:\n\n{DEFAULTS.read_text(encoding='utf-8')}", end="")
+    sys.exit(0)
 
 
-def own_words(arguments: list[str], own: dict) -> tuple[dict, list[str]]:
-    """A command's own keys, and the words that it hands on to train.py, checked as train.py would."""
-    mine = [word for word in arguments if word.partition("=")[0] in own]
-    rest = [word for word in arguments if word not in mine]
-    settings = override(own, mine)
-    for key, value in settings.items():
-        require(not isinstance(value, int) or value >= min(own[key], 1), f"{key}={value}: give at least {own[key]}")
-    training_keys(rest)
-    return settings, rest
+# ---------------------------------------------------------------- checking
+
+# The smallest value of each number, and the numbers that are shares.
+SMALLEST = {
+    "show": 0,
+    "problems": 1,
+    "samples": 1,
+    "countdown.numbers": 2,
+    "group_size": 2,  # a group of one has no spread to normalise by
+    "toy.hidden": 8,
+}
+AT_LEAST_0 = (
+    "seed evaluation.seed toy.seed temperature grpo.clip_low grpo.clip_high selection.kl_coef "
+    "optimizer.lr optimizer.weight_decay micro_batch_tokens evaluation.every"
+)
+AT_LEAST_1 = (
+    "steps prompts_per_step updates_per_rollout max_new_tokens micro_batch_size logits_chunk "
+    "rollout.batch_size rollout.segment evaluation.problems evaluation.samples "
+    "evaluation.samples_between log_every save_every keep max_bad_steps countdown_problems "
+    "countdown.largest countdown.limit toy.layers toy.updates toy.batch"
+)
+SMALLEST |= dict.fromkeys(AT_LEAST_0.split(), 0) | dict.fromkeys(AT_LEAST_1.split(), 1)
+ABOVE_0 = ("forking_fraction", "optimizer.max_grad_norm", "distributed_timeout")
+SHARES = ("validation_fraction", "selection.fraction", "forking_fraction", "optimizer.warmup")
+LARGEST = {"seed": 2**31 - 1, "evaluation.seed": 2**31 - 1, "countdown.numbers": 6}
+LARGEST |= dict.fromkeys(SHARES, 1)
+CHOICES = {
+    "precision": ("auto", "fp32", "bf16"),
+    "grpo.normaliser": ("token", "sequence"),
+    "selection.normaliser": ("selected", "tokens"),
+    "optimizer.schedule": ("cosine", "constant"),
+}
 
 
-def training_keys(arguments: list[str]) -> dict:
-    """The flat, checked config of train.py: config.yaml, a recipe laid over it, and `key=value` arguments."""
-    defaults = read_defaults()
-    keys = override(defaults | stored_keys(arguments, defaults) | recipe_keys(arguments, defaults), arguments)
-    check(keys)
-    return keys
-
-
-def stored_keys(arguments: list[str], known: dict) -> dict:
-    """With resume=true or auto, name=NAME: that run's own settings; none where there is no such run."""
-    words = [word for word in arguments if word.startswith(("name=", "resume="))]
-    asked = override({"name": "", "resume": False}, words)
-    stored = Path("runs") / asked["name"] / "config.yaml"
-    there = asked["name"] and asked["resume"] and os.path.isfile(stored)
-    return {key: value for key, value in read_stored(stored).items() if key in known} if there else {}
-
-
-def read_stored(file: Path) -> dict:
-    """The flat keys of a run's config.yaml."""
-    try:
-        return flatten(read_yaml(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, AttributeError, yaml.YAMLError):  # AttributeError: no keys in it
-        raise UserError(f"{file} is damaged: it holds no settings; put it back, or delete the run") from None
-
-
-def evaluation_keys(arguments: list[str]) -> dict:
-    """The flat, checked config of evaluate.py: the keys of config.yaml or a recipe that matter there, and its own."""
-    defaults = read_defaults()
-    defaults |= recipe_keys(arguments, defaults)
-    kept = ("recipe", "model", "data.problem_field", "data.answer_field", "prompt.", "reward.grader", "seed",
-            "max_new_tokens", "temperature", "precision", "micro_batch", "logits_chunk", "rollout.", "countdown.",
-            "toy.", "benchmarks.")
-    keys = {key: value for key, value in defaults.items() if key.startswith(kept)}
-    keys |= {"data.file": defaults["evaluation.data"], "problems": defaults["evaluation.problems"], "samples": 16,
-             "k": "auto", "show": 0, "out": "auto", "plot": ""}
-    keys = override(keys, [a.replace("models=", "model=", 1) if a.startswith("models=") else a for a in arguments])
-    check({key: value for key, value in keys.items() if key not in ("model", "data.file")})
-    for model in listed(keys["model"]):
-        check_model(model)
-    for file in listed(keys["data.file"]):
-        check_file("data", file, keys)
-        require(file != "auto" or defaults["data.file"] == "countdown",
-                f"recipe={keys['recipe']} evaluates on a share of its training file: give data=FILE")
-    ks(keys["k"], keys["samples"])
-    require(keys["plot"] or (keys["out"] not in ("", ".", "..") and Path(keys["out"]).name == keys["out"]),
-            f"out={keys['out']}: give one plain name; the results go to evaluations/<out>.json")
-    return keys
-
-
-def trained_otherwise(model: str, prompt: dict) -> list[str]:
-    """A note on each prompt that the run this model comes from had, and that is not the one given here."""
-    folder = Path(model).parent  # of runs/NAME/model or runs/NAME/checkpoints/step-NNNNNN
-    stored = (folder.parent if folder.name == "checkpoints" else folder) / "config.yaml"
-    if not stored.is_file():
-        return []
-    keys = read_stored(stored)
-    return [f"{model} was trained with prompt.{name}={keys[f'prompt.{name}']} and is asked otherwise here: "
-            f"recipe={stored} brings its prompts" for name in prompt
-            if keys.get(f"prompt.{name}", prompt[name]) != prompt[name]]
-
-
-def ks(text: str, samples: int) -> list[int]:
-    """The k of Pass@k: auto, the powers of two below the number of samples; or a list like [1,8,64]."""
-    if text == "auto":
-        return [k for k in (2**i for i in range(20)) if k < max(samples, 2)]
-    words = listed(text)
-    require(all(re.fullmatch("[1-9][0-9]{0,8}", word) for word in words), f"k={text}: give whole numbers, [1,8,64]")
-    values = sorted({int(word) for word in words})
-    require(values[-1] <= samples, f"k={values[-1]} with samples={samples}: Pass@k needs at least k samples")
-    return values
+def check(flat: dict) -> None:
+    """Check the range of every setting, and those that depend on each other; raise UserError."""
+    for key, value in flat.items():
+        if key in SMALLEST:
+            require(value >= SMALLEST[key], f"{key}={value}: give at least {SMALLEST[key]}")
+        if key in SHARES:
+            require(value >= 0, f"{key}={value}: give at least 0")
+        if key in ABOVE_0:
+            require(value > 0, f"{key}={value}: give more than 0")
+        if key in LARGEST:
+            require(value <= LARGEST[key], f"{key}={value}: give at most {LARGEST[key]}")
+        if isinstance(value, float):
+            require(math.isfinite(value), f"{key}={value}: give a number")
+    for key, words in CHOICES.items():
+        require(flat[key] in words, f"{key}={flat[key]}: give {' or '.join(words)}")
+    greedy = "is greedy decoding, which only evaluate.py does, with samples=1"
+    require(flat["temperature"] > 0 or flat.get("samples") == 1, f"temperature=0 {greedy}")
+    require(flat["forking_fraction"] < 1, "forking_fraction=1: give a share of the tokens below 1")
+    limit, largest = flat["countdown.limit"], flat["countdown.largest"]
+    require(limit >= largest, f"countdown.limit={limit}: give at least countdown.largest={largest}")
+    name = flat["name"]
+    plain = name not in ("", ".", "..") and Path(name).name == name and len(name.encode()) <= 200
+    require(plain, f"name={name}: give a plain folder name of at most 200 bytes, for runs/<name>/")
+    fields = {"countdown": ("numbers", "target"), "math": ("problem",), "plain": ("problem",)}
+    for key, names in fields.items():
+        for field in names:
+            template = flat[f"prompt.{key}"]
+            require(
+                f"{{{field}}}" in template,
+                f"prompt.{key}={template!r}: it must contain {{{field}}}",
+            )

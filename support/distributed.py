@@ -1,10 +1,14 @@
-"""Ranks: the same code for `python train.py` and for any number of processes under torchrun."""
+"""Ranks: the same code for `python train.py` and for any number of processes under torchrun.
+
+`World` is this process among its ranks. Its methods are the only collectives of the program, and do
+nothing special when there is one process. Besides `one_line_errors`, only this file reads the
+variables that torchrun sets.
+"""
 
 import gc
-import importlib
-import importlib.metadata
 import os
 import resource
+import signal
 import sys
 import time
 import traceback
@@ -12,217 +16,264 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before init_process_group: default arguments here capture the group
+import torch.distributed.optim  # likewise; a group still referenced at exit aborts the process
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
-from support import signals, watch
-from support.config import UserError, require
+from support.config import OUT_OF_MEMORY, RunError, UserError, require
 
 
-@dataclass
+@dataclass(frozen=True)
 class World:
-    rank: int
-    size: int
-    device: torch.device
-    precision: str = "fp32"  # or bf16: of weights and gradients
+    """This process among its ranks: its number, device, and the type of weights and gradients."""
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return {"fp32": torch.float32, "bf16": torch.bfloat16}[self.precision]
+    rank: int = 0
+    size: int = 1
+    device: torch.device = torch.device("cpu")
+    dtype: torch.dtype = torch.float32
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
     @property
-    def no_bar(self) -> bool | None:
-        """tqdm's `disable`: rank 0 shows a bar, and only on a terminal; what goes to a file has plain lines."""
-        return None if self.is_main else True
+    def hide_bar(self) -> bool | None:
+        """tqdm's `disable`: only rank 0 shows a bar, and only on a terminal (None)."""
+        if self.is_main:
+            return None
+        return True
 
-    def share(self, count: int) -> range:
-        """This rank's contiguous part of `range(count)`; the parts of all ranks in order are the whole."""
+    def slice(self, count: int) -> range:
+        """Return this rank's contiguous share of range(count)."""
         return range(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
     def autocast(self):
-        """bf16 matrix products on CUDA over fp32 weights; elsewhere, and over bf16 weights, nothing."""
-        needed = self.device.type == "cuda" and self.precision == "fp32"
-        return torch.autocast("cuda", dtype=torch.bfloat16) if needed else nullcontext()
+        """Run matrix products in bf16 over fp32 weights on CUDA; otherwise change nothing."""
+        if self.device.type == "cuda" and self.dtype == torch.float32:
+            return torch.autocast("cuda", dtype=torch.bfloat16)
+        return nullcontext()
+
+    def ddp(self, module: torch.nn.Module) -> torch.nn.Module:
+        """Wrap a module whose forward is the loss, if there is a process group.
+
+        Ranks exchange nothing but gradients. Buffers never change, so DDP need not broadcast them.
+        """
+        if not dist.is_initialized():
+            return module
+        ids = None
+        if self.device.type == "cuda":
+            ids = [self.device.index]
+        return DistributedDataParallel(
+            module, device_ids=ids, gradient_as_bucket_view=True, forward_sync_buffers=False
+        )
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Return the sum of x over ranks."""
+        if dist.is_initialized():
+            x = x.clone()
+            dist.all_reduce(x)
+        return x
+
+    def max(self, number: int) -> int:
+        """Return the largest of all ranks' numbers."""
+        if not dist.is_initialized():
+            return number
+        largest = torch.tensor([number], device=self.device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return int(largest)
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Concatenate the rows of all ranks in rank order.  [n, ..] -> [sum n, ..]
+
+        Ranks may have different numbers of rows.
+        """
+        if not dist.is_initialized():
+            return x
+        counts = [torch.zeros(1, dtype=torch.long, device=x.device) for _ in range(self.size)]
+        dist.all_gather(counts, torch.tensor([len(x)], device=x.device))
+        longest = max(int(count) for count in counts)
+        padded = x.new_zeros(longest, *x.shape[1:])
+        padded[: len(x)] = x
+        parts = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[: int(count)] for part, count in zip(parts, counts)])
+
+    def broadcast(self, x: Tensor, source: int) -> None:
+        """Overwrite x with the values of rank `source`."""
+        if dist.is_initialized():
+            dist.broadcast(x.detach(), source)
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if dist.is_initialized():
+            dist.barrier()
+
+    def peak_memory(self) -> float:
+        """Return the peak memory so far in GB: of the GPU, or of this process."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated() / 1e9
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def num_ranks() -> int:
+    """Return how many processes torchrun started, before there is a World."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def note(text: str) -> None:
+    """Print a note on stderr, on rank 0 only and without breaking a progress bar."""
+    if os.environ.get("RANK", "0") == "0":
+        tqdm.write(f"note: {text}", file=sys.stderr)
+
+
+# ---------------------------------------------------------------- joining and leaving
 
 
 @contextmanager
-def joined(precision: str = "auto", timeout: float = 30) -> Iterator[World]:
-    """The process group, from `setup` to `shutdown`. A rank that fails says where, and ends at once: leaving the group
-    would wait for ranks that wait for this one. torchrun ends those of this node; on others a timeout may have to, in
-    minutes as in distributed_timeout."""
-    world = setup(precision, timeout)
+def start(precision: str = "auto", timeout: float = 30.0) -> Iterator[World]:
+    """Join the process group if torchrun started this process, and leave it at the end.
+
+    precision: auto, fp32 or bf16. timeout: minutes that ranks wait for each other. A rank that
+    fails ends at once, because leaving the group would wait for ranks that wait for this one;
+    torchrun then ends the others.
+    """
+    world = join(precision, timeout)
     try:
         yield world
     except Exception as error:
-        if not dist.is_initialized():
-            raise
-        if isinstance(error, UserError):  # usually on all ranks alike: rank 0 speaks, for torchrun ends all with one
-            if not world.is_main:
-                time.sleep(2)
-            signals.report(f"error: {error}" + f" (rank {world.rank})" * (not world.is_main))
-            os._exit(error.status)
-        if signals.asked:  # torchrun ends this rank for another's sake, or one was faster
-            print(f"rank {world.rank} of {world.size} ended, probably while it waited for others "
-                  f"({type(error).__name__}: {error})", file=sys.stderr, flush=True)
-            os._exit(128 + signals.asked)
-        traceback.print_exc()
-        ours = [frame for frame in traceback.extract_tb(error.__traceback__)
-                if Path(frame.filename).parent == Path(sys.argv[0]).resolve().parent]
-        place = f"in {ours[-1].name} ({Path(ours[-1].filename).name}, line {ours[-1].lineno})" if ours else ""
-        signals.report(f"rank {world.rank} of {world.size} failed {place}: {type(error).__name__}: {error}")
-        os._exit(1)
-    except SystemExit:  # a signal, which all ranks know of
-        shutdown()
+        if dist.is_initialized():
+            end_rank(world, error)
         raise
-    shutdown()
+    finally:
+        if dist.is_initialized():
+            gc.collect()  # DDP holds the group in reference cycles
+            dist.destroy_process_group()
 
 
-def setup(precision: str = "auto", timeout: float = 30) -> World:
-    """Joins the process group if torchrun started us: nccl on CUDA, gloo on CPU. precision: auto, fp32 or bf16."""
-    patience = timedelta(minutes=watch.PATIENT * timeout + 1)  # watch.py, which names a rank, is to be the first
-    if precision == "auto":
-        precision = "bf16" if torch.cuda.is_available() else "fp32"
-    if torch.cuda.is_available():
-        # A cache that grows token by token leaves holes of every size in memory that is not made of pages.
-        if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
-            os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
-        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each shape: for every token decoded
-        # TF32 is exact for products of bf16 numbers, such as our logits. But older models rotate positions by an fp32
-        # product, and that it ruins.
-        known = tuple(map(int, importlib.metadata.version("transformers").split(".")[:2]))
-        if precision == "bf16" and known >= (5, 23):
-            torch.set_float32_matmul_precision("high")
-    if "RANK" not in os.environ:  # not by torchrun
-        return World(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"), precision)
-    require({"LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE"} <= os.environ.keys(),
-            "RANK is set, but not by torchrun: start with torchrun, or unset it")
-    signals.end_with_parent()  # torchrun, killed, cannot end its ranks
-    # Some defaults in these modules keep the group that exists when they are imported; so before there is one.
-    importlib.import_module("torch.distributed.nn")
-    importlib.import_module("torch.distributed.optim")
-    local_rank = int(os.environ["LOCAL_RANK"])
-    if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank)
+def join(precision: str, timeout: float) -> World:
+    """Join the process group if torchrun started this process; return its World.
+
+    The backend is nccl on CUDA and gloo on a CPU.
+    """
+    cuda = torch.cuda.is_available()
+    dtype = torch.float32
+    if precision == "bf16" or (precision == "auto" and cuda):
+        dtype = torch.bfloat16
+    if cuda:
+        set_cuda_options(dtype)
+    if "RANK" not in os.environ:
+        return World(0, 1, torch.device("cuda" if cuda else "cpu"), dtype)
+    required = {"LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE"}
+    require(
+        required <= os.environ.keys(),
+        "RANK is set, but not by torchrun: start with torchrun, or unset RANK",
+    )
+    patience = timedelta(minutes=timeout)
+    if cuda:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=device, timeout=patience, **meeting(patience))
+        dist.init_process_group("nccl", device_id=device, timeout=patience, **find_ranks(patience))
     else:
         device = torch.device("cpu")
-        # torchrun gives each of several processes one thread; share the cores out instead.
+        # torchrun gives each process one thread; share the cores instead
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
-        dist.init_process_group("gloo", timeout=patience, **meeting(patience))
-    return World(dist.get_rank(), dist.get_world_size(), device, precision)
+        dist.init_process_group("gloo", timeout=patience, **find_ranks(patience))
+    return World(dist.get_rank(), dist.get_world_size(), device, dtype)
 
 
-def meeting(patience: timedelta) -> dict:
-    """Where ranks find each other: a place of its own for each start, for torchrun --max-restarts keeps one store, and
-    addresses of ranks that were killed stand in it. (Several torchruns count their restarts apart.)"""
-    store, number, ranks = next(dist.rendezvous("env://", timeout=patience))
+def find_ranks(timeout: timedelta) -> dict:
+    """Return the arguments of init_process_group by which ranks find each other.
+
+    `torchrun --max-restarts` keeps one store, which then holds the addresses of the ranks of the
+    attempt before. So each attempt has its own prefix; but not on several machines, whose torchruns
+    count attempts apart.
+    """
+    store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
     if os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:
-        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    return {"store": store, "rank": number, "world_size": ranks}
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"attempt {attempt}", store)
+    return {"store": store, "rank": rank, "world_size": size}
 
 
-def shutdown() -> None:
-    """Leaves the process group. DDP holds it in reference cycles, so it is collected first: a group that is still held
-    keeps its threads, and a thread of gloo that meets the end of Python aborts it."""
-    if dist.is_initialized():
-        gc.collect()
-        dist.destroy_process_group()
+def set_cuda_options(dtype: torch.dtype) -> None:
+    """Set what sampling and scoring need of CUDA."""
+    # The KV cache grows token by token; without expandable segments that fragments GPU memory.
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+    # cuDNN attention builds a new plan for every shape, that is for every decoded token.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    # Our logits are fp32 products of bf16 numbers, which TF32 computes exactly.
+    if dtype == torch.bfloat16:
+        torch.set_float32_matmul_precision("high")
 
 
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
+def end_rank(world: World, error: Exception) -> None:
+    """Print why this rank failed and end the process, without waiting for other ranks."""
+    status = 1
+    if isinstance(error, UserError | torch.OutOfMemoryError):
+        line = OUT_OF_MEMORY
+        if isinstance(error, UserError):
+            line = str(error)
+            status = error.exit_code
+        if world.is_main:
+            print(f"error: {line}", file=sys.stderr, flush=True)
+        else:
+            # usually all ranks have the same error: rank 0 reports it, and torchrun ends the others
+            time.sleep(2)
+            print(f"error on rank {world.rank}: {line}", file=sys.stderr, flush=True)
+    else:
+        print(f"rank {world.rank} of {world.size} failed:", file=sys.stderr)
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
-def size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
+class StopSignal:
+    """Remembers that Ctrl-C or SIGTERM asked the run to stop after the current step.
+
+    A second signal ends the process at once. Under torchrun it is ignored: torchrun passes a signal
+    on to its ranks, so that it arrives twice, and ends ranks that take too long itself.
+    """
+
+    def __init__(self):
+        self.number = 0
+        self.handlers = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+                self.handlers[number] = signal.signal(number, self.receive)
+
+    def restore(self) -> None:
+        """Let signals end the process at once again, as they did before the first step."""
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def receive(self, number: int, frame) -> None:
+        self.number = number
+        second = signal.SIG_DFL
+        if dist.is_initialized():
+            second = signal.SIG_IGN
+        signal.signal(signal.SIGINT, second)
+        signal.signal(signal.SIGTERM, second)
+        note("stopping after this step, which is then saved; a second signal stops at once")
 
 
-def broadcast(x: Tensor, source: int) -> None:
-    """Rank `source`'s values, in place on the others."""
-    if dist.is_initialized():
-        watch.collective()
-        dist.broadcast(x.detach(), source)
+def pinned_copy(x: Tensor) -> Tensor:
+    """Copy a tensor to page-locked host memory, from which copies to the GPU need not wait.
 
-
-def barrier() -> None:
-    if dist.is_initialized():
-        watch.collective()
-        dist.barrier()
-
-
-def highest(number: int) -> int:
-    """The largest of all ranks' numbers."""
-    if not dist.is_initialized():
-        return number
-    numbers = torch.tensor([number], device="cuda" if dist.get_backend() == "nccl" else "cpu")
-    return int(gather(numbers).max())
-
-
-def from_main(fact: bool) -> bool:
-    """What rank 0 says; the others say False."""
-    return bool(highest(int(fact)))
-
-
-def to_host(x: Tensor) -> Tensor:
-    """A copy in host memory from which a copy to the device need not wait. Registered, for `pin_memory` may take twice
-    the size: it rounds up to a power of two."""
+    The memory is registered and not allocated with pin_memory, which rounds up to a power of two.
+    """
     host = x.detach().to("cpu", copy=True)
     if torch.cuda.is_available():
-        fault = int(torch.cuda.cudart().cudaHostRegister(host.data_ptr(), host.nbytes, 0))
-        require(not fault, f"offload=true: CUDA cannot register {host.nbytes} bytes of host memory (error {fault}): "
-                           "free some, or leave offload out")
+        failed = int(torch.cuda.cudart().cudaHostRegister(host.data_ptr(), host.nbytes, 0))
+        if failed:
+            raise RunError(
+                f"offload=true: CUDA cannot register {host.nbytes} bytes of host memory "
+                f"(error {failed}): free some, or leave offload out"
+            )
     return host
-
-
-def visit(x: Tensor, device: torch.device) -> Tensor:
-    """What waits in host memory, on the device."""
-    return x.to(device, non_blocking=True)
-
-
-def gather(x: Tensor) -> Tensor:
-    """The rows of all ranks, in rank order; ranks may hold different numbers of rows.  [n, ..] -> [sum of n, ..]"""
-    if not dist.is_initialized():
-        return x
-    watch.collective()
-    counts = [torch.zeros(1, dtype=torch.long, device=x.device) for _ in range(dist.get_world_size())]
-    dist.all_gather(counts, torch.tensor([len(x)], device=x.device))
-    longest = max(int(count) for count in counts)
-    padded = x.new_zeros(longest, *x.shape[1:])
-    padded[: len(x)] = x
-    parts = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(parts, padded)
-    return torch.cat([part[: int(count)] for part, count in zip(parts, counts)])
-
-
-def gather_objects(x) -> list:
-    """Something small of every rank, in rank order."""
-    if not dist.is_initialized():
-        return [x]
-    watch.collective()
-    found = [None] * dist.get_world_size()
-    dist.all_gather_object(found, x)
-    return found
-
-
-def total(x: Tensor) -> Tensor:
-    """The sum over ranks."""
-    if dist.is_initialized():
-        watch.collective()
-        x = x.clone()
-        dist.all_reduce(x)
-    return x
-
-
-def peak_memory(world: World) -> float:
-    """Peak memory so far in GB: of the device, or of the process."""
-    if world.device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

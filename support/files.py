@@ -1,9 +1,10 @@
-"""Files, written so that a kill, a power failure or a full disk leaves the old content or the new, whole."""
+"""Files and folders that are replaced at once: a kill leaves the old content or the new."""
 
-import errno
+import fcntl
 import json
 import os
 import shutil
+import socket
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,130 +12,82 @@ from pathlib import Path
 
 from support.config import UserError
 
-# ---------------------------------------------------------------- written whole, and for good
-
-
-class DiskError(UserError):
-    """The disk does not take what is to be written: nobody's typing mistake."""
-
-    status = 1
-
-
-@contextmanager
-def written(path: Path) -> Iterator[None]:
-    """Turns what a full or failing disk raises while `path` is written into one line."""
-    try:
-        yield
-    except Exception as error:
-        own = any(sign in str(error) for sign in ("os error", "inline_container"))  # safetensors' words, and torch's
-        if isinstance(error, UserError) or not (isinstance(error, OSError) or own):
-            raise
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
-        raise DiskError(f"cannot write {path}: {reason}; make room and give the command again, a run's with "
-                        "resume=true: nothing that was saved is lost") from None
-
-
-def sync(path: Path) -> None:
-    """A file's content, or the names in a folder, are on the disk now: a power failure leaves them."""
-    opened = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # a file system that cannot
-            raise
-    finally:
-        os.close(opened)
-
-
-def remove(path: Path) -> None:
-    """Whatever it is, if it is there; of a link the link alone."""
-    if path.is_symlink() or path.is_file():
-        path.unlink(missing_ok=True)  # its writer may have renamed it meanwhile
-    else:
-        shutil.rmtree(path, ignore_errors=True)
-
 
 def replace_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    unfinished = path.with_name(f"{path.name}.tmp")
-    with written(path):
-        try:
-            unfinished.write_text(text)
-            sync(unfinished)
-            unfinished.rename(path)
-            sync(path.parent)
-        except OSError:
-            unfinished.unlink(missing_ok=True)
-            raise
-
-
-def append_line(path: Path, line: str) -> None:
-    """At the end of a file, whole or not at all."""
-    with written(path), path.open("ab", buffering=0) as file:
-        before, content = file.tell(), f"{line}\n".encode()
-        try:
-            if file.write(content) < len(content):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # the disk took a part
-        except OSError:
-            file.truncate(before)
-            raise
-
-
-def read_log(path: Path) -> list[dict]:
-    """The lines of a run's log; a last one without its end, by a power failure, does not count."""
-    rows = []
-    for number, line in enumerate(path.read_bytes().splitlines(keepends=True) if path.exists() else [], start=1):
-        if not line.endswith(b"\n"):
-            break
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            rows.append(None)
-        if not (isinstance(rows[-1], dict) and isinstance(rows[-1].get("step"), int)):
-            raise UserError(f"{path}, line {number}, is damaged: {line[:60]!r}; mend or delete that line")
-    return rows
+    """Write a file beside its place, then rename it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.rename(path)
 
 
 @contextmanager
 def replace_folder(folder: Path) -> Iterator[Path]:
-    """A fresh folder to fill, which then takes the place of `folder`."""
-    unfinished, old = folder.with_name(f"{folder.name}.tmp"), folder.with_name(f"{folder.name}.old")
-    with written(folder):
-        remove(unfinished)
-        unfinished.mkdir(parents=True)
+    """Yield an empty folder to fill, which then takes the place of `folder`."""
+    unfinished = folder.with_name(f"{folder.name}.tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    yield unfinished
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished.rename(folder)
+
+
+def append_row(path: Path, row: dict) -> None:
+    """Append a JSON object as one line."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """Read a file of one JSON object a line; [] if there is no file.
+
+    A last line cut by a kill is left out.
+    """
+    rows = []
+    if not path.exists():
+        return rows
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    for number, line in enumerate(lines, start=1):
         try:
-            yield unfinished
-            for path in (*unfinished.rglob("*"), unfinished):
-                sync(path)
-            remove(old)
-            if folder.exists() or folder.is_symlink():
-                folder.rename(old)
-            unfinished.rename(folder)
-            sync(folder.parent)
-        except Exception:
-            remove(unfinished)
-            raise
-        remove(old)
+            rows.append(json.loads(line))
+        except ValueError:
+            if number == len(lines) and not line.endswith("\n"):
+                break
+            raise UserError(
+                f"{path}, line {number} is not JSON: repair or delete that line"
+            ) from None
+    return rows
 
 
-# ---------------------------------------------------------------- fingerprints
+@contextmanager
+def lock(path: Path, *, wait: bool = False) -> Iterator[None]:
+    """Hold a lock file, or raise UserError while another process holds it.
+
+    With `wait`, wait for that process instead. The kernel releases the lock however a process ends,
+    so a killed one never blocks the next.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(
+                f"{path.parent} is in use by {file.read() or 'another process'}: wait "
+                "for it, or give another name="
+            ) from None
+        file.seek(0)
+        file.truncate()
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
 
 
-def checksum(file: Path) -> str:
-    """CRC-32, for it finds every flipped bit and cut at the speed of a disk; sha256 guards against forgers, whom we
-    do not have, and takes minutes for what a 7B model saves."""
-    total = 0
-    with file.open("rb") as opened:
-        while piece := opened.read(2**22):
-            total = zlib.crc32(piece, total)
-    return f"{total:08x}"
-
-
-def json_sum(content) -> str:
-    """Tells one list of problems from another."""
+def fingerprint(content) -> str:
+    """Return a checksum of JSON content, to tell one list of problems or settings from another."""
     return f"{zlib.crc32(json.dumps(content).encode()):08x}"
 
 
 def file_name(text: str) -> str:
-    """A path or name as one plain file name."""
+    """Turn a path or name into one plain file name."""
     return text.strip("./").replace("/", "-")

@@ -1,335 +1,329 @@
-"""Models from HF folders or the hub: loading, hidden states, stop tokens, chat templates.
+"""Models from Hugging Face folders or the hub: loading, hidden states, prompts, stop tokens.
 
-A model is taken as two parts, hidden states and their vocabulary projection, so that logits never exist whole;
-`load` refuses those whose logits are anything else than lm_head(hidden states).
+A model is used in two parts, its hidden states and the vocabulary projection (`lm_head`), so that
+the logits of a whole batch never exist. `load` refuses models whose logits are anything else than
+lm_head(hidden states).
 """
 
-import json
-import signal
 import zlib
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 
-import huggingface_hub
 import torch
 import transformers
 from torch import Tensor
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
-from support import distributed
-from support.config import UserError
-from support.rows import hub_in_reach
+from support.config import UserError, require
+from support.distributed import pinned_copy
 
-transformers.utils.logging.disable_progress_bar()  # our own bars only
+transformers.utils.logging.disable_progress_bar()
+transformers.utils.logging.set_verbosity_error()  # check_tensors reports missing tensors
 
 # ---------------------------------------------------------------- loading
 
-
-# Config fields of models whose logits are not lm_head(hidden states): Gemma 2, Cohere, Granite, Falcon-H1.
+# Config fields of models whose logits are not lm_head(hidden states): Gemma 2, Cohere, Granite,
+# Falcon-H1.
 POST_PROCESSING = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
-REFUSED = ("model={} post-processes its logits (soft-capping or scaling), which this trainer does not: use an "
-           "architecture without it (Qwen2, Qwen3, Llama)")
+
+
+def load(name: str, dtype: torch.dtype = torch.float32):
+    """Load a model and its tokenizer from a Hugging Face folder or hub name.
+
+    The model has no dropout, and its logits are fp32. Raises UserError if anything is missing, or
+    if the logits are not lm_head(hidden states), on which grpo.py's log-probabilities and the
+    sampler both rely.
+    """
+    tokenizer, shape = load_tokenizer(name)
+    with loading(name):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            name,
+            config=shape,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=False,
+        )
+    check_tensors(name, report)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0  # some configs have other names for it
+    use_fp32_logits(model.eval())
+    tokens = torch.arange(8)[None] % model.config.vocab_size
+    with torch.no_grad():
+        logits = model(tokens).logits
+        from_hidden = model.get_output_embeddings()(hidden_states(model, tokens))
+    require(bool(logits.isfinite().all()), f"model={name}: the weights are damaged: not finite")
+    require(torch.allclose(logits, from_hidden, rtol=1e-3, atol=1e-3), refused(name))
+    return model, tokenizer
+
+
+def load_tokenizer(name: str):
+    """Load the tokenizer and the config, with every dropout set to 0."""
+    with loading(name):
+        # AutoTokenizer would replace the tokenizer of any Qwen2 folder; this class does what
+        # tokenizer.json says.
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(name)
+        shape = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    require(
+        not getattr(shape, "auto_map", None),
+        f"model={name} brings its own code (auto_map in config.json), which is never run: remove "
+        "auto_map if transformers knows the architecture, or give another model",
+    )
+    require(
+        hasattr(shape, "vocab_size"),
+        f"model={name} is a multimodal model ({shape.model_type}): give a model for text only",
+    )
+    for field, value in vars(shape).items():
+        if "dropout" in field and value:
+            # with dropout the scored distribution is not the sampled one
+            setattr(shape, field, 0.0)
+    require(
+        all(getattr(shape, field, None) in (None, 1.0) for field in POST_PROCESSING), refused(name)
+    )
+    tokens = max(tokenizer.get_vocab().values(), default=0) + 1
+    require(
+        tokens <= shape.vocab_size,
+        f"model={name}: its tokenizer has {tokens} tokens and the model only {shape.vocab_size}: "
+        "give a folder whose tokenizer and weights belong together",
+    )
+    return tokenizer, shape
 
 
 @contextmanager
-def loading(name: str):
-    """Turns what transformers raises of a folder or hub name into one line."""
+def loading(name: str) -> Iterator[None]:
+    """Turn whatever transformers, safetensors and tokenizers raise about a model into one line."""
     try:
         yield
     except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # transformers, safetensors and tokenizers raise what they like
-        reason, mend = " ".join(str(error).split())[:300] or type(error).__name__, ""
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        hint = "it needs config.json, tokenizer.json and model.safetensors"
         if not Path(name).exists():
-            mend = ": check the name and the network, or download the model and give its local folder"
-            if "local_files_only" in source(name):
-                reason = f"{huggingface_hub.constants.ENDPOINT} is out of reach, and its cache here does not hold it"
-        raise UserError(f"model={name} cannot be loaded: {reason}{mend}") from None
+            hint = "there is no such folder; for a name on the hub check the name and the network"
+        raise UserError(f"model={name} cannot be loaded ({hint}): {reason}") from None
 
 
-@cache
-def source(name: str) -> dict:
-    """Where to load from: with no hub in reach its cache on disk at once, not after minutes of retries per file."""
-    arguments = {"trust_remote_code": False}
-    if not Path(name).exists() and not hub_in_reach():
-        arguments["local_files_only"] = True
-    return arguments
+def refused(name: str) -> str:
+    return (
+        f"model={name} changes its logits after the vocabulary projection (soft-capping or "
+        "scaling), which this trainer does not support: use an architecture "
+        "without it, such as Qwen2, Qwen3 or Llama"
+    )
 
 
-def load_tokenizer(name: str):
-    """Tokenizer and config (dropout off) from an HF folder or hub name; no weights."""
-    with loading(name):
-        # Not AutoTokenizer: that overrides the tokenizer of any Qwen2 folder, this one does as tokenizer.json says.
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(name, **source(name))
-        shape = AutoConfig.from_pretrained(name, **source(name))
-    if getattr(shape, "auto_map", None):
-        raise UserError(f"model={name} brings code of its own (auto_map in its config.json), which is never run: take "
-                        "auto_map out if transformers knows the architecture, or give another model")
-    if not hasattr(shape, "vocab_size"):
-        raise UserError(f"model={name} is of several parts ({shape.model_type}), as models are that also see or hear: "
-                        "give one of text alone")
-    for field, value in vars(shape).items():
-        if "dropout" in field and value:
-            setattr(shape, field, 0.0)  # a dropped unit at scoring time is a ratio other than 1
-    if any(getattr(shape, field, None) not in (None, 1.0) for field in POST_PROCESSING):
-        raise UserError(REFUSED.format(name))
-    if (tokens := max(tokenizer.get_vocab().values(), default=0) + 1) > shape.vocab_size:
-        raise UserError(f"model={name}: its tokenizer has {tokens} tokens, the model only {shape.vocab_size}: "
-                        "give a folder whose two belong together")
-    return tokenizer, shape
+def check_tensors(name: str, report: dict) -> None:
+    """Raise UserError if tensors are missing, left over or of another shape.
+
+    transformers only warns of these.
+    """
+    problems = []
+    mismatched = [str(entry[0]) for entry in report["mismatched_keys"]]
+    for keys, what in (
+        (report["missing_keys"], "missing"),
+        (report["unexpected_keys"], "unexpected"),
+        (mismatched, "of another shape"),
+    ):
+        if keys:
+            problems.append(f"{len(keys)} {what} ({', '.join(sorted(keys)[:3])})")
+    require(
+        not problems,
+        f"model={name}: tensors are {'; '.join(problems)}: the weights are incomplete, or do not "
+        "belong to this config.json",
+    )
 
 
 def load_blank(name: str):
-    """Model without memory (meta tensors), with its own generation_config, and tokenizer."""
+    """Load a model without weights or memory (meta tensors), and its tokenizer."""
     tokenizer, shape = load_tokenizer(name)
     model = blank(shape)
     try:
-        model.generation_config = GenerationConfig.from_pretrained(name, **source(name))
-    except (OSError, ValueError):  # a model without one; made from its config then, as on loading
+        model.generation_config = GenerationConfig.from_pretrained(name)
+    except (OSError, ValueError):  # the model has none: transformers makes one from the config
         pass
     return model, tokenizer
 
 
 def blank(shape):
+    """Make a model of this config from meta tensors, which take no memory."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(shape)
 
 
-def load(name: str, dtype: torch.dtype = torch.float32):
-    """Model (dropout off; logits in fp32, whatever its weights) and tokenizer from an HF folder or hub name.
+class FP32Head(torch.nn.Linear):
+    """A vocabulary projection in fp32.
 
-    Raises UserError if it cannot be read whole, or if its logits are not lm_head(hidden states),
-    which the chunked log-probabilities in grpo.py and the sampler both rely on.
+    Logits in bf16 have 8 bits, and their rounding is larger than a small KL.
     """
-    tokenizer, shape = load_tokenizer(name)
-    check_files(name)
-    with loading(name), no_reports():
-        model, found = AutoModelForCausalLM.from_pretrained(
-            name, config=shape, dtype=dtype, use_safetensors=True, output_loading_info=True,
-            ignore_mismatched_sizes=True, **source(name))
-    check_tensors(name, model, found)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0  # configs that call it otherwise
-    tokens = torch.arange(8)[None] % model.config.vocab_size
-    fp32_logits(model.eval())
-    with torch.no_grad():
-        own = model(tokens).logits
-        head = model.get_output_embeddings()(hidden_states(model, tokens))
-    if not torch.allclose(own, head, rtol=1e-3, atol=1e-3):
-        raise UserError(REFUSED.format(name))
-    return model, tokenizer
-
-
-@contextmanager
-def no_reports():
-    """Without transformers' tables of what was not found: `check_tensors` has a line for it."""
-    before = transformers.utils.logging.get_verbosity()
-    transformers.utils.logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers.utils.logging.set_verbosity(before)
-
-
-def check_files(name: str) -> None:
-    """Refuses a local folder whose weights are not all there; one of the hub is downloaded whole."""
-    folder = Path(name)
-    if not folder.is_dir():
-        return
-    files = [folder / "model.safetensors"]
-    if not files[0].exists() and (index := folder / "model.safetensors.index.json").exists():
-        try:
-            files = [folder / shard for shard in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"model={name}: {index.name} is damaged; get it anew") from None
-    elif not files[0].exists():
-        pickled = next(iter([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]), None)
-        raise UserError(f"model={name}: the folder holds no model.safetensors" + (
-            f", and {pickled.name} may run code when it is opened: convert it, as save_pretrained does" if pickled
-            else ": get the weights"))
-    for file in files:
-        if fault := damage(file):
-            raise UserError(f"model={name}: {file.name} {fault}; get it anew")
-
-
-def damage(file: Path) -> str:
-    """Why a safetensors file is none, "" if it seems to be one: its length, 8 bytes, header and tensors, must fit."""
-    if not file.is_file():
-        return "is missing"
-    with file.open("rb") as opened:
-        start = opened.read(8)
-        if start == b"version ":
-            return "is a pointer of Git LFS (git lfs pull)"
-        length, size = int.from_bytes(start, "little"), file.stat().st_size
-        try:
-            header = json.loads(opened.read(length)) if 0 < length <= size - 8 else None
-            needed = 8 + length + max([tensor["data_offsets"][1] for key, tensor in header.items()
-                                       if key != "__metadata__"], default=0)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return f"is no safetensors file, or cut: {size} bytes"
-    return f"has {size} bytes of {needed}" if size != needed else ""
-
-
-def check_tensors(name: str, model, found: dict) -> None:
-    """Refuses what transformers would make up or leave out in silence: every tensor is there, of its shape, finite, and
-    none is left over. What it knows to be idle, and a head that is the embeddings, it has not listed."""
-    wrong = [(sorted(found["missing_keys"]), "not there"), (sorted(found["unexpected_keys"]), "not this model's"),
-             (sorted(f"{key} {list(own)} for {list(shape)}" for key, own, shape in found["mismatched_keys"]),
-              "of another shape"),
-             ([key for key, tensor in model.state_dict().items() if not is_finite(tensor)], "not finite")]
-    told = [f"{len(keys)} {words} ({', '.join(keys[:3])}{', ..' * (len(keys) > 3)})" for keys, words in wrong if keys]
-    if told:
-        raise UserError(f"model={name}: of its tensors {'; '.join(told)}: the weights are damaged, or do not belong to "
-                        "the config.json")
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """By its extremes, which NaN gets into too: thirty times faster than to look at each number."""
-    return all(extreme.isfinite() for extreme in torch.aminmax(tensor)) if tensor.numel() else True
-
-
-class Projection(torch.nn.Linear):
-    """A vocabulary projection in fp32: bf16 logits carry 8 bits, which is more noise than a small KL."""
 
     def forward(self, hidden: Tensor) -> Tensor:
+        bias = self.bias
+        if bias is not None:
+            bias = bias.float()
         with torch.autocast(hidden.device.type, enabled=False):
-            bias = None if self.bias is None else self.bias.float()
             return functional.linear(hidden.float(), self.weight.float(), bias)
 
 
-def fp32_logits(model) -> None:
-    """The model's logits, in sampling and in scoring, are fp32 from now on, whatever its weights are."""
-    if not isinstance(model.get_output_embeddings(), torch.nn.Linear):
-        raise UserError(REFUSED.format(model.config.name_or_path))
-    model.get_output_embeddings().__class__ = Projection
+def use_fp32_logits(model) -> None:
+    """Replace the vocabulary projection by one that computes in fp32 with the same parameters."""
+    head = model.get_output_embeddings()
+    require(isinstance(head, torch.nn.Linear), refused(model.config.name_or_path))
+    fp32_head = FP32Head(
+        head.in_features, head.out_features, bias=head.bias is not None, device="meta"
+    )
+    fp32_head.weight = head.weight
+    fp32_head.bias = head.bias
+    model.set_output_embeddings(fp32_head)
 
 
-def park(reference) -> None:
-    """Moves its weights to host memory, all but the vocabulary projection."""
+def hidden_states(model, tokens: Tensor) -> Tensor:
+    """Return the last hidden states of right-padded tokens.  [b, T] -> [b, T, hidden size]
+
+    They are what the vocabulary projection takes.
+    """
+    return model.base_model(tokens, use_cache=False).last_hidden_state
+
+
+def fingerprint(model) -> str:
+    """Return a checksum of the weights, whatever file they came from."""
+    value = 0
+    for parameter in model.parameters():
+        data = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        value = zlib.crc32(data, value)
+    return f"{value:08x}"
+
+
+# ---------------------------------------------------------------- a reference model in host memory
+
+
+def offload_weights(reference) -> None:
+    """Move the weights to host memory, except those of the vocabulary projection."""
     head = set(reference.get_output_embeddings().parameters())
     for parameter in set(reference.parameters()) - head:
-        parameter.data = distributed.to_host(parameter.data)
+        parameter.data = pinned_copy(parameter.data)
 
 
 @contextmanager
-def visiting(reference, device: torch.device):
-    """Parked weights on the device for a while; they never change, so that nothing has to be copied back."""
+def on_device(reference, device: torch.device) -> Iterator[None]:
+    """Copy offloaded weights to the device for a while.
+
+    They never change, so nothing is copied back.
+    """
     waiting = {parameter: parameter.data for parameter in reference.parameters()}
-    try:  # the device may have no room for all
+    try:
         for parameter, host in waiting.items():
-            parameter.data = distributed.visit(host, device)
+            parameter.data = host.to(device, non_blocking=True)
         yield
     finally:
         for parameter, host in waiting.items():
             parameter.data = host
 
 
-def recompute_layers(model) -> None:
-    """Gradient checkpointing, under the name it has in this version of transformers."""
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
-
-
-def digest(model) -> str:
-    """A checksum of the weights, whatever file they came from."""
-    value = 0
-    for parameter in model.parameters():  # one at a time: a copy in host memory
-        value = zlib.crc32(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy(), value)
-    return f"{value:08x}"
-
-
-def hidden_states(model, tokens: Tensor) -> Tensor:
-    """Last hidden states of right-padded tokens [b, T] -> [b, T, hidden size], before the vocabulary projection."""
-    return model.base_model(tokens, use_cache=False).last_hidden_state
-
-
 # ---------------------------------------------------------------- prompts and stop tokens
 
 
+def encode_prompts(tokenizer, texts: list[str], *, system: str = "") -> list[list[int]]:
+    """Return the token ids of prompts.
+
+    Each is the user's turn of the chat template, if the tokenizer has one.
+    """
+    if tokenizer.chat_template is None:
+        return tokenizer(texts).input_ids
+    before = []
+    if system:
+        before.append({"role": "system", "content": system})
+    chats = [[*before, {"role": "user", "content": text}] for text in texts]
+    rendered = render_chat(tokenizer, chats, add_generation_prompt=True)
+    # the template writes the special tokens itself
+    return tokenizer(rendered, add_special_tokens=False).input_ids
+
+
+def render_chat(tokenizer, chat: list, **arguments):
+    """Apply the chat template; raise UserError with what the template complains about."""
+    try:
+        # Llama 3's template prints today's date unless it is given one; but a resumed run must have
+        # the same prompts.
+        return tokenizer.apply_chat_template(
+            chat, tokenize=False, date_string="26 Jul 2024", **arguments
+        )
+    except Exception as error:  # templates raise what they like: Gemma's refuses a system message
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"the model's chat template refuses the prompt ({reason}): leave prompt.system "
+            "empty, and say it in prompt.math"
+        ) from None
+
+
 def check_lengths(shape, prompts: list[list[int]], max_new_tokens: int) -> None:
-    """Refuses prompts that leave no room for a completion in the context of a model; `shape` is its config."""
-    longest, context = max(map(len, prompts)), shape.max_position_embeddings
-    if longest + max_new_tokens > context:
-        raise UserError(f"max_new_tokens={max_new_tokens}: with the longest prompt of {longest} tokens it does not fit "
-                        f"the model's context of {context}; lower it or shorten the prompt")
+    """Raise UserError if the longest prompt and a completion do not fit the context.
+
+    `shape` is the model's config.
+    """
+    longest = max(map(len, prompts))
+    context = shape.max_position_embeddings
+    require(
+        longest + max_new_tokens <= context,
+        f"max_new_tokens={max_new_tokens}: with the longest prompt of {longest} tokens it does not "
+        f"fit the model's context of {context}: lower it or shorten the prompt",
+    )
 
 
-# Special tokens by which well-known families end a turn or a text. A Qwen base model's eos is the second alone, though
-# its chat template ends turns with the first: without both it runs on into turns of its own making.
+# Special tokens that end a turn or a text in well-known families. A Qwen base model's eos is
+# <|endoftext|>, but its chat template ends turns with <|im_end|>: without both it would go on and
+# write the next turns itself.
 END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "<end_of_turn>")
 
 
 def stop_ids(model, tokenizer) -> list[int]:
-    """Every id that ends a completion: the model's eos (one or a list), the tokenizer's eos, what ends a turn of its
-    chat template, and those of END_TOKENS that it has."""
+    """Return every token id that ends a completion.
+
+    These are the eos of the model (one or a list) and of the tokenizer, the token that ends a turn
+    of the chat template, and those of END_TOKENS that the tokenizer has.
+    """
     eos = model.generation_config.eos_token_id
+    if not isinstance(eos, list):
+        eos = [eos]
     special = tokenizer.get_added_vocab()
-    found = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id, turn_end(tokenizer),
-             *(special.get(token) for token in END_TOKENS)} - {None}
-    if not found:
-        raise UserError("the model has no stop token: set eos_token_id in its generation_config.json")
-    return sorted(found)
-
-
-def set_stop(model, stop: list[int]) -> None:
-    """What the model is saved with. One that samples by its config but does not say so (temperature without do_sample)
-    could be saved as it was, but not once changed: it keeps its special tokens only."""
-    own = model.generation_config
-    own.eos_token_id = stop
-    try:
-        own.validate(strict=True)
-    except ValueError:
-        model.generation_config = GenerationConfig(eos_token_id=stop, bos_token_id=own.bos_token_id,
-                                                   pad_token_id=own.pad_token_id)
+    end_tokens = [special.get(token) for token in END_TOKENS]
+    ids = {*eos, *end_tokens, tokenizer.eos_token_id, turn_end(tokenizer)} - {None}
+    require(
+        bool(ids), "the model has no stop token: set eos_token_id in its generation_config.json"
+    )
+    return sorted(ids)
 
 
 def turn_end(tokenizer) -> int | None:
-    """The special token that the chat template puts behind an answer, None if there is none."""
+    """Return the special token that the chat template writes after an answer, or None."""
     if tokenizer.chat_template is None:
         return None
     chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "ANSWER"}]
-    rest = from_template(tokenizer, chat).rpartition("ANSWER")[2].strip()
-    first = tokenizer(rest, add_special_tokens=False).input_ids[:1]
-    return first[0] if first and first[0] in tokenizer.get_added_vocab().values() else None
+    rest = render_chat(tokenizer, chat).rpartition("ANSWER")[2].strip()
+    ids = tokenizer(rest, add_special_tokens=False).input_ids
+    if ids and ids[0] in tokenizer.get_added_vocab().values():
+        return ids[0]
+    return None
 
 
-TEMPLATE_SECONDS = 120.0  # for all prompts; ten thousand take about two
-# Some templates say today's date: a run that goes on tomorrow would have other prompts. This one Llama 3 falls back on.
-ONE_DATE = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro %}"
-
-
-def from_template(tokenizer, chat: list, **arguments):
-    def too_slow(*_):
-        raise TimeoutError(f"it takes longer than {TEMPLATE_SECONDS:g} s")
-
-    before = signal.signal(signal.SIGALRM, too_slow)  # a template is a program: its loops may be endless in effect
-    signal.setitimer(signal.ITIMER_REAL, TEMPLATE_SECONDS)
+def set_stop(model, stop: list[int]) -> None:
+    """Save the stop ids with the model, so that whoever loads it stops where training stopped."""
+    generation = model.generation_config
+    generation.eos_token_id = stop
     try:
-        template = tokenizer.get_chat_template()
-        if "strftime_now" in template:
-            arguments["chat_template"] = ONE_DATE + template
-        return tokenizer.apply_chat_template(chat, tokenize=False, **arguments)
-    except Exception as error:  # templates raise what they like; Gemma's refuses a system message
-        raise UserError(f"the model's chat template refuses the prompt ({' '.join(str(error).split())[:200]}): "
-                        "leave prompt.system empty, and say it in prompt.math") from None
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        generation.validate(strict=True)
+    except ValueError:
+        # Such as a temperature without do_sample, which transformers loads but refuses to save:
+        # keep the special tokens.
+        model.generation_config = GenerationConfig(
+            eos_token_id=stop,
+            bos_token_id=generation.bos_token_id,
+            pad_token_id=generation.pad_token_id,
+        )
 
 
-def encode_prompts(tokenizer, texts: list[str], *, system: str = "") -> list[list[int]]:
-    """Token ids of prompts, as the user's turn of the tokenizer's chat template where it has one."""
-    if tokenizer.chat_template is None:
-        return tokenizer(texts).input_ids
-    before = [{"role": "system", "content": system}] if system else []
-    chats = [[*before, {"role": "user", "content": text}] for text in texts]
-    rendered = from_template(tokenizer, chats, add_generation_prompt=True)
-    return tokenizer(rendered, add_special_tokens=False).input_ids  # the template holds the special tokens
-
-
-def describe(ids: list[int], tokenizer) -> str:
-    """Ids with their tokens, to be read by people."""
+def describe_ids(ids: list[int], tokenizer) -> str:
+    """Write token ids with their tokens, for people."""
     return ", ".join(f"{i} {tokenizer.convert_ids_to_tokens(i)!r}" for i in ids)

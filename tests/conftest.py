@@ -1,4 +1,4 @@
-"""Shared fixtures. Everything runs on CPU, offline."""
+"""Fixtures that several tests share. Everything runs on the CPU and offline."""
 
 import os
 import signal
@@ -7,11 +7,12 @@ import pytest
 import torch
 from helpers import VOCABULARY, tiny_model
 
-# The tensors are tiny: more threads only wait for each other. Here, and in the processes that tests start.
+# The tensors are tiny, so that more threads only wait for each other. This holds here and in the
+# processes that tests start.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
-# A shell's `pytest &` ignores SIGINT, and so would the processes that tests send one.
+# A shell's `pytest &` ignores SIGINT, and so would the processes to which tests send one.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -22,14 +23,16 @@ def model():
 
 @pytest.fixture
 def prompts():
-    """Twelve prompts of unequal lengths, token ids from 2 up."""
+    """Return twelve prompts of unequal lengths, with token ids from 2 up."""
     generator = torch.Generator().manual_seed(7)
-    return [torch.randint(2, VOCABULARY, (3 + i % 5,), generator=generator).tolist() for i in range(12)]
+    return [
+        torch.randint(2, VOCABULARY, (3 + i % 5,), generator=generator).tolist() for i in range(12)
+    ]
 
 
 @pytest.fixture
 def in_tmp(tmp_path, monkeypatch):
-    """A working folder of its own, and a reward that a random model earns now and then."""
+    """Work in an empty folder, with a grader whose reward a random model earns now and then."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("data.is_correct", lambda problem, text, grader: "1" in text)
+    monkeypatch.setattr("rewards.is_correct", lambda problem, text, grader: "1" in text)
     return tmp_path

@@ -1,23 +1,22 @@
-"""Steps 4-6 on made-up rewards, by as many ranks as torchrun starts: the mask and the gradient, saved by rank 0.
+"""Steps 4-6 on made-up rewards, by as many ranks as torchrun starts; rank 0 saves the results.
 
-    torchrun --nproc_per_node=2 tests/gradient_worker.py FOLDER     (used by test_train.py)
+torchrun --nproc_per_node=2 tests/gradient_worker.py FOLDER     (used by test_step.py)
 """
 
 import sys
 from pathlib import Path
 
 import torch
-from helpers import VOCABULARY, tiny_model
+from helpers import VOCABULARY, config_of, run_of, tiny_model
 
-import grpo
-import rollout
-import step as steps
-from support import config as configs
+from grpo import group_advantages
+from rollout import rescore, sample
 from support import distributed
+from train import select, update
 
 
 def moved(policy):
-    """The policy after some update: the ratios are no longer 1."""
+    """Move the policy as if by an update, so that the ratios are no longer 1."""
     generator = torch.Generator().manual_seed(11)
     with torch.no_grad():
         for parameter in policy.parameters():
@@ -25,81 +24,97 @@ def moved(policy):
     return policy
 
 
-def little_memory(model, room: int) -> None:
-    """Stands in for a device: more than `room` tokens at once do not fit, in the backward if there is one."""
-
-    def out_of_memory(gradient):
-        raise torch.OutOfMemoryError("made up")
-
-    def check(module, arguments, output):
-        hidden = output.last_hidden_state
-        if hidden.shape[0] * hidden.shape[1] > room:
-            hidden.register_hook(out_of_memory) if hidden.requires_grad else out_of_memory(None)
-
-    model.base_model.register_forward_hook(check)
-
-
-def step_gradient(world, *, rewards_of, micro_batch_size=4, logits_chunk=5, strategy="scope", more=(), on_policy=True,
-                  room=0):
-    """One update of 8 prompts x 4 completions: the selection of all ranks [N], the gradient by name, the metrics."""
-    keys = configs.override(configs.read_defaults(), [
-        "prompts_per_step=8", "group_size=4", f"selection.strategy={strategy}", "selection.kl_coef=0.7",
-        "selection.fraction=0.2", f"logits_chunk={logits_chunk}", "temperature=0.9",
-        f"micro_batch_size={micro_batch_size}", *more,
-    ])
-    config = configs.namespace(configs.nest(keys))
-    policy, reference = tiny_model(seed=0), tiny_model(seed=1)  # not equal: the penalty has a gradient
-    policy.train()
-    objective = steps.MicroBatchLoss(policy, config, world.size)
-    if torch.distributed.is_initialized():
-        objective = steps.in_ranks(objective, torch.device("cpu"))
+def made_up_prompts():
+    """Return the prompts of 8 problems, each 4 times."""
     generator = torch.Generator().manual_seed(3)
-    prompts = [torch.randint(2, VOCABULARY, (3 + i % 4,), generator=generator).tolist() for i in range(8)]
-    rows = list(world.share(32))
-    sampled = rollout.sample(policy, [prompts[row // 4] for row in rows], rows, stop=[1, 5],
-                             max_new_tokens=16, temperature=0.9, seed=0, step=0)
-    advantages = grpo.group_advantages(rewards_of(sampled, rows), 4)
-    correct = torch.tensor([row % 3 == 0 for row in rows])
-    current = sampled if on_policy else rollout.rescore(moved(policy), sampled, config, world)
-    selection = steps.select(current, sampled.logprobs, advantages, config, seed=0)
-    optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
-    batches = steps.MicroBatches(sampled, advantages, correct, selection, reference, config, world)
-    if room and torch.distributed.is_initialized() and world.rank == world.size - 1:  # the others know nothing of it
-        little_memory(policy, room), little_memory(reference, 2 * room)
-    metrics = steps.update(objective, optimizer, batches, selection, on_policy=on_policy, world=world,
-                           max_grad_norm=1e9)
+    prompts = []
+    for i in range(8):
+        prompts += [torch.randint(2, VOCABULARY, (3 + i % 4,), generator=generator).tolist()] * 4
+    return prompts
+
+
+def made_up_rollout(policy, rows, rewards_of, temperature=0.9):
+    """Sample some of the 32 completions, with rewards; each third one is correct."""
+    prompts = made_up_prompts()
+    rollout = sample(
+        policy,
+        [prompts[row] for row in rows],
+        rows,
+        stop=[1, 5],
+        max_new_tokens=16,
+        temperature=temperature,
+        seed=0,
+        step=0,
+    )
+    rollout.advantages = group_advantages(rewards_of(rollout, rows), 4)
+    rollout.correct = torch.tensor([row % 3 == 0 for row in rows])
+    return rollout
+
+
+def step_gradient(
+    world, *arguments, rewards_of, strategy="scope", on_policy=True, reference_seed=1
+):
+    """Return which tokens of all ranks are selected [N], the gradient by name, and the metrics."""
+    config = config_of(
+        "prompts_per_step=8",
+        "group_size=4",
+        f"selection.strategy={strategy}",
+        "selection.kl_coef=0.7",
+        "selection.fraction=0.2",
+        "logits_chunk=5",
+        "temperature=0.9",
+        "micro_batch_size=4",
+        "optimizer.max_grad_norm=1e9",
+        *arguments,
+    )
+    policy = tiny_model(seed=0).train()
+    reference = tiny_model(seed=reference_seed)  # another model, so that the penalty has a gradient
+    run = run_of(policy, config, world=world, reference=reference)
+    rollout = made_up_rollout(policy, list(world.slice(32)), rewards_of)
+    current = rollout
+    if not on_policy:
+        current = rescore(moved(policy), rollout, config, world)
+    rollout.selected, rollout.token_mask, metrics = select(current, rollout, config, world, seed=0)
+    metrics |= update(run, rollout, on_policy=on_policy)
     gradient = {name: p.grad.clone() for name, p in policy.named_parameters()}
-    return selection.flat["selected"], gradient, metrics
+    return world.gather(rollout.selected[rollout.mask]), gradient, metrics
 
 
-def by_length(sampled, rows):
-    return sampled.lengths.float() + torch.tensor([float(row % 3) for row in rows])
+def by_length(rollout, rows):
+    return rollout.lengths.float() + torch.tensor([float(row % 3) for row in rows])
 
 
-def only_first_half(sampled, rows):
-    """The groups of rank 1 of 2 all have equal rewards: with `scope` it has nothing to add."""
-    return by_length(sampled, rows) * torch.tensor([float(row < 16) for row in rows])
+def only_first_half(rollout, rows):
+    """Give all groups of rank 1 of 2 equal rewards: with `scope` that rank has nothing to add."""
+    return by_length(rollout, rows) * torch.tensor([float(row < 16) for row in rows])
 
 
-def wrong(sampled, rows):
+def all_wrong(rollout, rows):
     return torch.zeros(len(rows))
 
 
+# Arguments of step_gradient. With 5 rows a micro-batch the ranks differ in their number of them.
 SCENARIOS = {
-    "mixed": {"rewards_of": by_length, "micro_batch_size": 5},  # ranks differ in their number of micro-batches
-    "idle rank": {"rewards_of": only_first_half, "micro_batch_size": 3},
-    "all wrong": {"rewards_of": wrong},
-    "uniform": {"rewards_of": only_first_half, "strategy": "uniform"},
-    "out of memory": {"rewards_of": by_length, "micro_batch_size": 16, "room": 50},
-    "sequence": {"rewards_of": by_length, "more": ["grpo.normaliser=sequence", "objective=div", "div.coef=0.5"]},
-    "all terms": {"rewards_of": only_first_half,
-                  "more": ["grpo.kl_coef=0.3", "grpo.entropy_coef=0.2", "selection.kl=k3", "objective=forking_rl"]},
+    "mixed": (["micro_batch_size=5"], {"rewards_of": by_length}),
+    "idle rank": (["micro_batch_size=3"], {"rewards_of": only_first_half}),
+    "all wrong": ([], {"rewards_of": all_wrong}),
+    "uniform": ([], {"rewards_of": only_first_half, "strategy": "uniform"}),
+    "sequence": (["grpo.normaliser=sequence", "objective=div"], {"rewards_of": by_length}),
+    "residual": (["objective=forking_rl"], {"rewards_of": by_length, "strategy": "residual"}),
+    "off-policy": (["objective=kl_cov"], {"rewards_of": by_length, "on_policy": False}),
 }
 
 
+def all_scenarios(world):
+    """Run every scenario."""
+    results = {}
+    for name, (arguments, settings) in SCENARIOS.items():
+        results[name] = step_gradient(world, *arguments, **settings)
+    return results
+
+
 if __name__ == "__main__":
-    world = distributed.setup()
-    results = {name: step_gradient(world, **settings) for name, settings in SCENARIOS.items()}
-    if world.is_main:
-        torch.save(results, Path(sys.argv[1]) / f"{world.size}.pt")
-    distributed.shutdown()
+    with distributed.start() as world:
+        results = all_scenarios(world)
+        if world.is_main:
+            torch.save(results, Path(sys.argv[1]) / f"{world.size}.pt")

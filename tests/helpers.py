@@ -1,4 +1,4 @@
-"""What several tests share: tiny random models that stand in for real ones, configs, and one rank alone."""
+"""What several tests share: tiny random models in place of real ones, settings, and one rank."""
 
 import json
 import math
@@ -14,29 +14,62 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-import step as steps
-from support import config as configs
+import data
+from rewards import REWARDS, grade
+from rollout import Rollout, sample
+from support.config import load_config
 from support.distributed import World
+from train import MicroBatchLoss, Run, draw_problems
 
 ROOT = Path(__file__).parents[1]
-ALONE = World(0, 1, torch.device("cpu"))
+ALONE = World()
 VOCABULARY = 40
-# A run of the toy of a few weights, in a second.
-SMALL = ["toy.layers=1", "toy.hidden=16", "toy.heads=2", "toy.intermediate=16", "toy.updates=3", "toy.batch=8",
-         "prompts_per_step=4", "group_size=4", "max_new_tokens=12", "evaluation.problems=3", "evaluation.samples=4",
-         "evaluation.samples_between=2", "evaluation.every=2", "log_every=1", "save_every=2", "steps=4",
-         "countdown_problems=50", "selection.fraction=0.3", "optimizer.lr=0.01"]
+# A run of the toy model with a few weights, which takes a second.
+SMALL = [
+    "toy.layers=1",
+    "toy.hidden=16",
+    "toy.updates=3",
+    "toy.batch=8",
+    "prompts_per_step=4",
+    "group_size=4",
+    "max_new_tokens=12",
+    "evaluation.problems=3",
+    "evaluation.samples=4",
+    "evaluation.samples_between=2",
+    "evaluation.every=2",
+    "log_every=1",
+    "save_every=2",
+    "steps=4",
+    "countdown_problems=50",
+    "selection.fraction=0.3",
+    "optimizer.lr=0.01",
+]
+ARCHITECTURES = {
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+}
 
 
 def tiny_model(architecture: str = "qwen2", *, seed: int = 0, spread: float = 1.5, **changes):
-    """A random 2-layer model; `spread` scales the embeddings, so that its distributions are not flat."""
-    config_class, model_class = {"qwen2": (Qwen2Config, Qwen2ForCausalLM),
-                                 "llama": (LlamaConfig, LlamaForCausalLM),
-                                 "mistral": (MistralConfig, MistralForCausalLM)}[architecture]
+    """Make a random 2-layer model; `spread` scales its matrices, so that its distributions are not
+    flat.
+    """
+    config_class, model_class = ARCHITECTURES[architecture]
     torch.manual_seed(seed)
-    shape = dict(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                 num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128, eos_token_id=1,
-                 pad_token_id=0, bos_token_id=None, tie_word_embeddings=architecture == "qwen2")
+    shape = dict(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        eos_token_id=1,
+        pad_token_id=0,
+        bos_token_id=None,
+        tie_word_embeddings=architecture == "qwen2",
+    )
     model = model_class(config_class(**shape | changes))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -46,27 +79,63 @@ def tiny_model(architecture: str = "qwen2", *, seed: int = 0, spread: float = 1.
 
 
 def config_of(*arguments):
-    """The defaults with `key=value` words, as attributes."""
-    return configs.namespace(configs.nest(configs.override(configs.read_defaults(), list(arguments))))
+    """Return the default settings with key=value arguments laid over them."""
+    return load_config(list(arguments))
 
 
-def roll_out(policy, tokenizer, stop, problems, step, config, world=ALONE):
-    """Steps 1-3 of train.py: the rollout, its texts, rewards and verdicts."""
-    run = steps.Run(config, world, policy, tokenizer, stop, problems)
-    asked, rows = steps.draw_problems(run, step)
-    sampled = steps.sample(run, asked, rows, step)
-    rewards, correct, texts = steps.reward(run, asked, sampled)
-    return sampled, texts, rewards, correct
+def run_of(policy, config, *, world=ALONE, reference=None, optimizer=None, **fields) -> Run:
+    """Make a Run of a model without a folder; its optimizer does nothing unless one is given."""
+    if optimizer is None:
+        optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
+    loss = world.ddp(MicroBatchLoss(policy, config))
+    empty = dict(folder=None, tokenizer=None, stop=[], problems=[], heldout={}, fingerprints={})
+    return Run(
+        config=config,
+        world=world,
+        policy=policy,
+        reference=reference,
+        loss=loss,
+        optimizer=optimizer,
+        **empty | fields,
+    )
+
+
+def roll_out(policy, tokenizer, stop, problems, step, config, world=ALONE) -> Rollout:
+    """Take steps 1-3 of train.py: a rollout with its verdicts and rewards."""
+    problems, rows = draw_problems(problems, step, config, world)
+    prompts = data.prompt_ids(tokenizer, problems, config.prompt)
+    rollout = sample(
+        policy,
+        prompts,
+        rows,
+        stop=stop,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        seed=config.seed,
+        step=step,
+        entropy_baseline=True,
+    )
+    rollout.correct, _ = grade(tokenizer, problems, rollout, config.grader)
+    rollout.rewards = REWARDS[config.reward].function(rollout)
+    return rollout
 
 
 def metrics_of(name: str) -> list[dict]:
-    """The lines of a run's metrics.jsonl without what differs between two equal runs."""
-    rows = [json.loads(line) for line in Path("runs", name, "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith("time/") and k != "mem_gb"} for row in rows]
+    """Read a run's metrics.jsonl without what differs between two equal runs."""
+    rows = [
+        json.loads(line) for line in Path("runs", name, "metrics.jsonl").read_text().splitlines()
+    ]
+    for row in rows:
+        for key in list(row):
+            if key.startswith("time/") or key == "mem_gb":
+                del row[key]
+    return rows
 
 
 def assert_same_gradient(a, b, tolerance=1e-6):
-    """Relative to the size of the whole gradient."""
+    """Compare two gradients by name; the tolerance is relative to the length of the first."""
     size = math.sqrt(sum(g.double().pow(2).sum().item() for g in a.values()))
-    difference = math.sqrt(sum((a[name].double() - b[name].double()).pow(2).sum().item() for name in a))
-    assert size > 1e-3 and difference <= tolerance * size, difference / size
+    squares = [(a[name].double() - b[name].double()).pow(2).sum().item() for name in a]
+    error = math.sqrt(sum(squares)) / size
+    assert size > 1e-3
+    assert error <= tolerance, error

@@ -1,10 +1,9 @@
-"""Problems of mathematics: fields, gold answers, filters, splits, files out of reach; and their prompts."""
+"""Tests of data.py: Countdown, problem files and their errors, held-out problems, and prompts."""
 
-import http.server
 import json
-import threading
+import random
+import sys
 
-import huggingface_hub
 import pytest
 from helpers import config_of
 from mathematics import GSM8K, MATH, tokenizer, write
@@ -13,243 +12,290 @@ import data
 from rewards import is_equal
 from support.config import UserError
 
+COUNTDOWN = {"numbers": 4, "largest": 20, "limit": 99}
 
-def test_sets_as_their_owners_publish_them(tmp_path):
-    problems, unusable = data.read_problems(write(tmp_path / "gsm8k.jsonl", GSM8K))
-    assert not unusable and [problem["answer"] for problem in problems[:2]] == ["119", "162"]
-    assert problems[0]["problem"] == GSM8K[0]["question"] and problems[-1]["answer"] == f"{26 * 63 - 24:,}" == "1,614"
-    problems, unusable = data.read_problems(write(tmp_path / "math.jsonl", MATH))
-    assert not unusable and problems[0] == {
-        "problem": "Find the root of $7x - 2 = 0$ as a fraction.", "answer": r"\frac{2}{7}", "level": 1,
-        "subject": "Number Theory",
+# ---------------------------------------------------------------- Countdown
+
+
+def test_random_chains_stay_in_range():
+    rng = random.Random(0)
+    for _ in range(1000):
+        problem, chain = data.random_chain(rng, **COUNTDOWN)
+        results = [int(step.split("=")[1]) for step in chain.split(",")]
+        assert all(0 <= result <= 99 for result in results)
+        assert results[-1] == problem["target"]
+        assert all(1 <= number <= 20 for number in problem["numbers"])
+
+
+def test_training_never_meets_a_heldout_problem():
+    heldout = {data.problem_key(p) for p in data.countdown(300, heldout=True, **COUNTDOWN)}
+    training = {data.problem_key(p) for p in data.countdown(5000, heldout=False, **COUNTDOWN)}
+    assert len(heldout) == 300
+    assert len(training) == 5000
+    assert not heldout & training
+
+
+def test_the_split_ignores_the_order_of_the_numbers():
+    rng = random.Random(0)
+    for _ in range(200):
+        problem, _ = data.random_chain(rng, **COUNTDOWN)
+        shuffled = rng.sample(problem["numbers"], 4)
+        assert data.is_heldout(shuffled, problem["target"]) == data.is_heldout(**problem)
+
+
+def test_too_few_countdown_problems_are_an_error():
+    with pytest.raises(UserError, match="fewer than 100"):
+        data.countdown(100, heldout=True, numbers=2, largest=2, limit=4)
+
+
+# ---------------------------------------------------------------- files and data sets
+
+
+def test_sets_as_their_authors_publish_them(tmp_path):
+    problems = data.read_problems(write(tmp_path / "gsm8k.jsonl", GSM8K))
+    assert [problem["answer"] for problem in problems[:2]] == ["119", "162"]
+    assert problems[0]["problem"] == GSM8K[0]["question"]
+    assert problems[-1]["answer"] == "1,614"
+    problems = data.read_problems(write(tmp_path / "math.jsonl", MATH))
+    assert problems[0] == {
+        "problem": "Find the root of $7x - 2 = 0$ as a fraction.",
+        "answer": r"\frac{2}{7}",
     }
     others = [
-        {"problem": "1+1?", "solution": r"It is \boxed{3}, no.", "answer": "2", "subject": "Algebra", "level": 3},
-        # MATH-500
-        {"problem": "27?", "answer": 27.0}, {"problem": "big", "answer": 10**22 + 1},
-        {"problem": "0.1?", "answer": 0.1}, {"problem": "25?", "answer": "025"}, {"Problem": "9?", "Answer": 9},
-        # AMC, AIME
-        {"prompt": "Half?", "answer": None, "solution": r"\boxed{\frac{1}{2}}", "level": "Level ?"},
+        {
+            "problem": "1+1?",
+            "solution": r"It is \boxed{3}, no.",
+            "answer": "2",  # MATH-500
+            "subject": "Algebra",
+            "level": 3,
+        },
+        {"problem": "27?", "answer": 27.0},  # AMC, AIME
+        {"problem": "big", "answer": 10**22 + 1},
+        {"problem": "0.1?", "answer": 0.1},
+        {"problem": "25?", "answer": "025"},
+        {"Problem": "9?", "Answer": 9},
+        {"prompt": "Half?", "answer": None, "solution": r"\boxed{\frac{1}{2}}"},
     ]
-    problems, _ = data.read_problems(write(tmp_path / "others.jsonl", others))
-    assert [problem["answer"] for problem in problems] == ["2", "27", str(10**22 + 1), "0.1", "025", "9",
-                                                           r"\frac{1}{2}"]
-    assert (problems[0]["level"], problems[0]["subject"], problems[-1]["level"]) == (3, "Algebra", None)
-    assert is_equal("25", problems[4]["answer"])
+    problems = data.read_problems(write(tmp_path / "others.jsonl", others))
+    answers = [problem["answer"] for problem in problems]
+    assert answers == ["2", "27", str(10**22 + 1), "0.1", "025", "9", r"\frac{1}{2}"]
+    assert is_equal("25", answers[4])
 
 
-def test_a_byte_order_mark_line_ends_and_odd_line_separators(tmp_path):
-    (tmp_path / "p.jsonl").write_bytes(b"\xef\xbb\xbf" + '{"problem": "a\u2028b", "answer": "1"}\r\n\r\n'.encode() * 2)
-    problems, _ = data.read_problems(str(tmp_path / "p.jsonl"))
+def test_a_byte_order_mark_and_odd_line_ends(tmp_path):
+    line = '{"problem": "a\u2028b", "answer": "1"}\r\n\r\n'.encode()
+    (tmp_path / "p.jsonl").write_bytes(b"\xef\xbb\xbf" + 2 * line)
+    problems = data.read_problems(str(tmp_path / "p.jsonl"))
     assert [problem["problem"] for problem in problems] == ["a\u2028b"] * 2
 
 
-def test_fields_may_be_named(tmp_path):
+def test_fields_can_be_named(tmp_path):
     file = write(tmp_path / "p.jsonl", [{"text": "1+1?", "gold": 2, "answer": "a distractor"}])
-    problems, _ = data.read_problems(file, problem_field="text", answer_field="gold")
-    assert problems == [{"problem": "1+1?", "answer": "2", "level": None, "subject": ""}]
-    with pytest.raises(UserError, match=r'p.jsonl, line 1 .*no "problem".* text, gold, answer.*data.problem_field='):
+    problems = data.read_problems(file, problem_field="text", answer_field="gold")
+    assert problems == [{"problem": "1+1?", "answer": "2"}]
+    with pytest.raises(
+        UserError, match='line 1 .*no "problem".* text, gold, answer: .*problem_field='
+    ):
         data.read_problems(file)
 
 
 @pytest.mark.parametrize(
     "row, words",
-    [({"problem": 5, "answer": "1"}, '"problem" must be text, not 5'),
-     ({"problem": "", "answer": "1"}, '"problem" must be'),
-     ({"problem": "x", "answer": [1]}, r'"answer" must be text or a number, not \[1\]'), ([1], "no JSON object"),
-     ({"problem": "x", "answer": float("nan")}, "text or a number, not NaN"), ({"problem": "\ud800"}, "must be text"),
-     ({"problem": "x", "answer": True}, '"answer" must be text or a number, not true'),
-     ({"answer": "1"}, 'no "problem"'),
-     ({"numbers": [1], "target": 1}, "do not go into one file"), ({}, "its fields are none")],
+    [
+        ({"problem": 5, "answer": "1"}, '"problem" must be text, not 5'),
+        ({"problem": "", "answer": "1"}, '"problem" must be text'),
+        ({"problem": "\ud800"}, '"problem" must be text'),
+        ({"problem": "x", "answer": [1]}, '"answer" must be text or a number'),
+        ({"problem": "x", "answer": float("nan")}, '"answer" must be text or a number'),
+        ({"problem": "x", "answer": True}, '"answer" must be text or a number'),
+        ({"answer": "1"}, 'no "problem"'),
+        ({}, "its fields are none"),
+        ([1], "not a JSON object"),
+        ({"numbers": [1], "target": 1}, "cannot be in one file"),
+        ({"numbers": [], "target": 1}, '"numbers"'),
+        ({"numbers": [1.5], "target": 1}, '"numbers"'),
+        ({"numbers": [True], "target": 1}, '"numbers"'),
+        ({"numbers": [1e999], "target": 1}, '"numbers"'),
+        ({"numbers": [1]}, '"target"'),
+        ({"numbers": "12", "target": 1}, '"numbers"'),
+    ],
 )
-def test_wrong_types_name_file_and_line(tmp_path, row, words):
+def test_a_wrong_row_is_named_by_file_and_line(tmp_path, row, words):
     file = write(tmp_path / "p.jsonl", [{"problem": "1+1?", "answer": "2"}, row])
-    with pytest.raises(UserError, match=rf"p\.jsonl, line 2 is no problem: .*{words}"):
+    with pytest.raises(UserError, match=rf"p\.jsonl, line 2 is not a problem: .*{words}"):
         data.read_problems(file)
 
 
-def test_rows_without_a_gold_answer_are_counted_and_named(tmp_path):
-    empty = [{"problem": "a", "answer": ""}, {"problem": "b"}, {"problem": "c", "solution": r"so \boxed{}"},
-             {"problem": "d", "solution": "prose alone"}, {"problem": "e", "answer": None}]
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\n",
+        b"{",
+        b"[" * 10**6,
+        b"\xff\xfe{\x00}\x00",
+        b"\x1f\x8b\x08\x00\x00",
+        b"\x00" * 99,
+        b'{"problem": "a", "answer": ' + b"9" * 10**6 + b"}",
+        b"version https://git-lfs",
+    ],
+)
+def test_a_file_that_holds_no_problems_is_an_error_in_one_line(tmp_path, content):
+    (tmp_path / "p.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=r"p\.jsonl") as caught:
+        data.read_problems(str(tmp_path / "p.jsonl"))
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+def test_rows_without_a_gold_answer_are_left_out_with_a_note(tmp_path, capsys):
+    empty = [
+        {"problem": "a", "answer": ""},
+        {"problem": "b"},
+        {"problem": "c", "solution": r"so \boxed{}"},
+        {"problem": "d", "solution": "prose alone"},
+        {"problem": "e", "answer": None},
+    ]
     file = write(tmp_path / "p.jsonl", [*MATH[:3], *empty, *MATH[3:]])
-    problems, unusable = data.read_problems(file)
-    assert len(problems) == len(MATH) and unusable == [f"line {i}" for i in range(4, 9)]
-    *_, notes = data.problem_sets(config_of(f"data={file}"))
+    assert len(data.read_problems(file)) == len(MATH)
     places = "line 4, line 5, line 6, line 7, line 8"
-    assert notes[0] == f"5 rows of {file} have no usable gold answer and are left out: {places}"
-    with pytest.raises(UserError, match="no problem.* gold answer"):
+    notes = capsys.readouterr().err
+    assert (
+        notes == f"note: 5 rows of {file} have no usable gold answer and are left out: {places}\n"
+    )
+    with pytest.raises(UserError, match="no problem with a gold answer"):
         data.read_problems(write(tmp_path / "empty.jsonl", empty))
 
 
-def test_filter():
-    problem = {"problem": "x", "answer": "1", "level": 3, "subject": "Number Theory"}
-    for conditions in ("", "level=3", "level=1-3", "level=1, 3", "subject=number theory",
-                       "subject=Algebra,Number Theory",
-                       "level=3-5; subject=Number Theory"):
-        assert data.matches(problem, conditions), conditions
-    for conditions in ("level=4-5", "level=1,2", "subject=Algebra", "level=3; subject=Algebra"):
-        assert not data.matches(problem, conditions), conditions
-    assert not data.matches(problem | {"level": None}, "level=1-5")
-    for conditions in ("level", "colour=red", "level=high", "level="):
-        with pytest.raises(UserError, match="data.filter="):
-            data.matches(problem, conditions)
-
-
-def test_training_and_evaluation_never_overlap(tmp_path):
-    file = write(tmp_path / "math.jsonl", MATH)
-    training, heldout, notes = data.problem_sets(config_of(f"data={file}", "data.validation=0.3"))
-    heldout = heldout["auto"]
-    assert len(training) + len(heldout) == len(MATH) and 3 < len(heldout) < 16
-    assert f"{len(heldout)} of 30 problems" in notes[0]
-    shuffled = write(tmp_path / "again.jsonl", MATH[::-1])
-    again = data.problem_sets(config_of(f"data={shuffled}", "data.validation=0.3"))
-    assert again[1] == {"auto": heldout[::-1]}  # the problem decides, not the file or its order
-    filtered = data.problem_sets(config_of(f"data={file}", "data.validation=0.3", "data.filter=subject=Algebra"))
-    assert filtered[1]["auto"] == [problem for problem in heldout if problem["subject"] == "Algebra"]
-
-    with pytest.raises(UserError, match="filter=level=9 leaves no problem.* 1, 2, 3, 4, 5, .*Algebra, Number"):
-        data.problem_sets(config_of(f"data={file}", "data.filter=level=9"))
-
-    same = [row | {"solution": "x", "answer": "0", "problem": row["problem"].replace(" ", " \n ")} for row in MATH[:4]]
-    other = write(tmp_path / "other.jsonl", [*same, *GSM8K[:3]])  # spaces make no other problem
-    training, heldout, notes = data.problem_sets(config_of(f"data={file}", f"evaluation.data={other}"))
-    assert len(heldout[str(other)]) == 7 and len(training) == 26
-    assert "4 of 30 problems" in notes[0] and "evaluation.data" in notes[0]
-    several = config_of(f"data={file}", f"evaluation.data=[{other},auto]", "data.validation=0.3")
-    training, heldout, notes = data.problem_sets(several)
-    assert list(heldout) == [str(other), "auto"] and "4 of 30" in notes[0] and "of 26 problems" in notes[1]
-    assert len(training) + len(heldout["auto"]) == 26
-    (tmp_path / "more").mkdir()
-    twice = write(tmp_path / "more" / "other.jsonl", GSM8K), write(tmp_path / "more-other.jsonl", GSM8K)
-    with pytest.raises(UserError, match="called the same"):
-        data.problem_sets(config_of(f"data={file}", f"evaluation.data=[{twice[0]},{twice[1]}]"))
-    with pytest.raises(UserError, match="data.validation=0.0 .*evaluation.data=FILE"):
-        data.problem_sets(config_of(f"data={file}", "data.validation=0.0"))
-
-
-def test_a_file_on_the_web(tmp_path):
-    write(tmp_path / "math.jsonl", MATH[:2])
-
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def __init__(self, *arguments):
-            super().__init__(*arguments, directory=str(tmp_path))
-
-        def log_message(self, *arguments):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        place = f"http://127.0.0.1:{server.server_port}"
-        assert len(data.read_problems(f"{place}/math.jsonl")[0]) == 2
-        with pytest.raises(UserError, match=rf"{place}/no.jsonl .*404.*local path"):
-            data.read_problems(f"{place}/no.jsonl")
-        server.shutdown()
-    with pytest.raises(UserError, match=r"https://127.0.0.1:1/p.jsonl .*local path"):
-        data.read_problems("https://127.0.0.1:1/p.jsonl")
-
-
-def test_a_file_on_the_hub(monkeypatch):
-    asked = []
-
-    class Hub:
-        def read_bytes(self, path):
-            asked.append(path)
-            if "gone" in path:
-                raise ConnectionError("no route")
-            return json.dumps(MATH[0]).encode()
-
-    monkeypatch.setattr(huggingface_hub, "HfFileSystem", Hub)
-    assert data.read_problems("hf://datasets/owner/name/test.jsonl")[0][0]["answer"] == r"\frac{2}{7}"
-    assert asked == ["hf://datasets/owner/name/test.jsonl"]
-    with pytest.raises(UserError,
-                       match=r"hf://datasets/owner/gone/test.jsonl \(ConnectionError: no route\).*local path"):
-        data.read_problems("hf://datasets/owner/gone/test.jsonl")
-
-
-def test_json_and_parquet_hold_the_same_rows(tmp_path):
-    from pyarrow import parquet, table  # slow to import: not for the tests beside this one
-
-    expected = data.read_problems(write(tmp_path / "p.jsonl", MATH))
-    (tmp_path / "list.json").write_text(json.dumps(MATH, indent=1))
-    (tmp_path / "object.json").write_text(json.dumps({"version": 1, "data": MATH}))
-    columns = {key: [str(row[key]) for row in MATH] for key in MATH[0]}
-    parquet.write_table(table(columns), tmp_path / "p.parquet")
-    for name in ("list.json", "object.json", "p.parquet"):
-        assert data.read_problems(str(tmp_path / name)) == expected, name
-    (tmp_path / "cut.parquet").write_bytes((tmp_path / "p.parquet").read_bytes()[:-9])
-    (tmp_path / "two.json").write_text('{"a": [], "b": []}')
-    for name, words in (("cut.parquet", "cannot read"), ("two.json", "holds 2 lists of rows")):
-        with pytest.raises(UserError, match=f"{name}.*{words}|{words}.*{name}"):
-            data.read_problems(str(tmp_path / name))
-
-
-def test_a_data_set_of_the_hub_by_its_name(tmp_path, monkeypatch):
-    """The library takes a folder for a data set of that name: no network is needed."""
+def test_other_files_and_hub_data_sets_are_loaded_by_datasets(tmp_path, monkeypatch):
+    """The library takes a local folder for a data set of that name, so no network is needed."""
     import datasets
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "owner" / "name").mkdir(parents=True)
-    write(tmp_path / "owner" / "name" / "train.jsonl", MATH)
+    expected = data.read_problems(write(tmp_path / "owner" / "name" / "train.jsonl", MATH))
     write(tmp_path / "owner" / "name" / "test.jsonl", MATH[:2])
-    problems, _ = data.read_problems("owner/name@train")
-    assert [problem["answer"] for problem in problems] == [
-        problem["answer"] for problem in data.read_problems("owner/name/train.jsonl")[0]]
-    config = config_of("benchmarks.math500=owner/name@test")
-    assert len(data.problems_of(config, "math500")[0]) == 2
-    with pytest.raises(UserError, match=r"owner/name@no \(ValueError: Unknown split.*local path"):
-        data.read_problems("owner/name@no")
+    table = datasets.Dataset.from_list(MATH)
+    table.to_parquet(tmp_path / "p.parquet")
+    table.to_csv(tmp_path / "p.csv")
+    (tmp_path / "p.json").write_text(json.dumps(MATH))
+    for source in ("owner/name@train", "p.parquet", "p.csv", "p.json"):
+        assert data.read_problems(source) == expected, source
+    monkeypatch.setitem(data.BENCHMARKS, "math500", "owner/name@test")
+    assert data.read_problems("math500") == expected[:2]
+    (tmp_path / "cut.parquet").write_bytes((tmp_path / "p.parquet").read_bytes()[:-9])
+    for source in ("owner/name@no", "cut.parquet"):
+        with pytest.raises(
+            UserError, match=f"{source} cannot be loaded .*check the name"
+        ) as caught:
+            data.read_problems(source)
+        assert "\n" not in str(caught.value)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match="p.parquet: pip install datasets"):
+        data.read_problems("p.parquet")
 
 
-@pytest.mark.parametrize("content", [b"", b"\xff\xfe{\x00}\x00", b"\x1f\x8b\x08\x00\x00", b"\x00" * 99, b"[" * 10**6,
-                                     b'{"problem": "a", "answer": ' + b"9" * 10**6 + b"}", b"version https://git-lfs",
-                                     b'{"problem": "1+1?", "answer": "2", "answer": "3"}', b'{"numbers": [1e999]}'])
-def test_files_that_are_no_data(tmp_path, content):
-    for name in ("p.jsonl", "p.json", "p.parquet"):
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(UserError) as caught:
-            data.read_problems(str(tmp_path / name))
-        assert name in str(caught.value) and len(str(caught.value).splitlines()) == 1 and len(str(caught.value)) < 500
+@pytest.mark.parametrize(
+    "source, words",
+    [
+        ("no.jsonl", "cannot be read"),
+        ("no.parquet", "no such file"),
+        ("owner/name:x", "owner/name@split"),
+        ("problems", "no such file"),
+    ],
+)
+def test_a_missing_source_is_named(source, words):
+    with pytest.raises(UserError, match=f"{source}.*{words}"):
+        data.read_problems(source)
 
 
-def test_verdicts():
-    problem = {"problem": "Half?", "answer": r"\frac{1}{2}", "level": None, "subject": ""}
-    for text, right in ((r"so \boxed{0.5}", True), (r"\boxed{1/2}, not \boxed{2}", False), ("1/2", False), ("", False)):
-        assert data.is_correct(problem, text, "exact") == right
-        assert data.is_correct(problem, text, "math_verify") == right
-    assert data.is_correct(problem, "so it is 1/2", "math_verify_text")
-    assert not data.is_correct(problem, "so it is 1/3", "math_verify_text")
+# ---------------------------------------------------------------- training and held-out problems
 
 
-def test_answers_that_count_as_one():
-    problem = {"problem": "Half?", "answer": r"\frac{1}{2}", "level": None, "subject": ""}
-
-    def answer(text, grader="exact"):
-        return data.answer_of(problem, text, grader)
-
-    assert answer(r"\boxed{0.5}") == answer(r"thus \boxed{\frac{2}{4}}")
-    assert answer("no box") == answer("none") != answer(r"\boxed{2}")
-    assert answer("it is 1", "math_verify_text") != answer("it is 2", "math_verify_text")
+def load(*arguments):
+    return data.load_problems(config_of(*arguments, "prompts_per_step=4"))
 
 
-PROBLEM = {"problem": r"What is $\frac{4}{2}$, {dear}?", "answer": "2", "level": None, "subject": ""}
+def test_training_and_evaluation_never_overlap(tmp_path, capsys):
+    file = write(tmp_path / "math.jsonl", MATH)
+    training, heldout = load(f"data={file}", "validation_fraction=0.3")
+    assert len(training) + len(heldout["auto"]) == len(MATH)
+    assert 3 < len(heldout["auto"]) < 16
+    assert f"{len(heldout['auto'])} of 30 problems" in capsys.readouterr().err
+    reverse = write(tmp_path / "reverse.jsonl", MATH[::-1])  # the problem decides, not the order
+    assert load(f"data={reverse}", "validation_fraction=0.3")[1] == {"auto": heldout["auto"][::-1]}
+
+    same = []  # spaces and another answer do not make another problem
+    for row in MATH[:4]:
+        same.append({"problem": row["problem"].replace(" ", " \n "), "answer": "0"})
+    other = write(tmp_path / "other.jsonl", [*same, *GSM8K[:3]])
+    capsys.readouterr()
+    training, heldout = load(f"data={file}", f"evaluation.data={other}")
+    assert len(heldout[other]) == 7
+    assert len(training) == 26
+    assert "4 of 30 problems" in capsys.readouterr().err
+    training, heldout = load(
+        f"data={file}", f"evaluation.data=[{other},auto]", "validation_fraction=0.3"
+    )
+    assert list(heldout) == [other, "auto"]
+    assert len(training) + len(heldout["auto"]) == 26
 
 
-def test_prompts_go_through_the_chat_template_or_the_plain_one():
-    config = config_of("prompt.system=Think.")
-    chat, plain = tokenizer("qwen", chat=True), tokenizer("qwen", chat=False)
-    assert chat.decode(data.prompt_ids(chat, [PROBLEM], config.prompt)[0]) == (
-        "<|im_start|>system\nThink.<|im_end|>\n<|im_start|>user\n" + config.prompt.math.replace("{problem}",
-                                                                                                PROBLEM["problem"])
-        + "<|im_end|>\n<|im_start|>assistant\n")
-    assert r"$\frac{4}{2}$, {dear}?" in chat.decode(data.prompt_ids(chat, [PROBLEM], config.prompt)[0])
-    assert plain.decode(data.prompt_ids(plain, [PROBLEM], config.prompt)[0]) == config.prompt.plain.replace(
-        "{problem}", PROBLEM["problem"])
-    own = chat.decode(data.prompt_ids(chat, [PROBLEM], config_of().prompt)[0])
-    assert own.startswith("<|im_start|>system\nYou are a helpful assistant.<|im_end|>")  # what the template itself says
-    llama = tokenizer("llama", chat=True)
-    ids = data.prompt_ids(llama, [PROBLEM], config.prompt)[0]
-    assert ids.count(llama.bos_token_id) == 1 and ids[0] == llama.bos_token_id  # the template's, and no second one
-    llama = tokenizer("llama", chat=False)
-    ids = data.prompt_ids(llama, [PROBLEM], config.prompt)[0]
-    assert ids.count(llama.bos_token_id) == 1 and ids[0] == llama.bos_token_id  # the tokenizer's own
+def test_countdown_rows_of_the_heldout_side_are_left_out(tmp_path, capsys):
+    problems = data.countdown(30, heldout=True, **COUNTDOWN) + data.countdown(
+        50, heldout=False, **COUNTDOWN
+    )
+    file = write(tmp_path / "p.jsonl", problems)
+    training, heldout = load(f"data={file}")
+    assert training == problems[30:]
+    assert len(heldout["auto"]) == 200
+    assert all(data.is_heldout(**problem) for problem in heldout["auto"])
+    assert "30 of 80 problems" in capsys.readouterr().err
+    mine = write(tmp_path / "mine.jsonl", problems[:4])
+    assert load(f"data={file}", f"evaluation.data={mine}") == (problems[4:], {mine: problems[:4]})
+
+
+def test_settings_that_leave_no_problems_are_named(tmp_path):
+    file = write(tmp_path / "math.jsonl", MATH)
+    with pytest.raises(UserError, match="validation_fraction=0.0 .*evaluation.data=FILE"):
+        load(f"data={file}", "validation_fraction=0")
+    with pytest.raises(UserError, match="prompts_per_step=4: there are only 0 problems"):
+        load(f"data={file}", f"evaluation.data={file}")
+
+
+# ---------------------------------------------------------------- prompts
+
+PROBLEM = {"problem": r"What is $\frac{4}{2}$, {dear}?", "answer": "2"}
+
+
+def test_prompts_use_the_chat_template_or_the_plain_one():
+    prompt = config_of("prompt.system=Think.").prompt
+    chat = tokenizer("qwen", chat=True)
+    plain = tokenizer("qwen", chat=False)
+    text = prompt.math.replace("{problem}", PROBLEM["problem"])
+    assert r"$\frac{4}{2}$, {dear}?" in text
+    assert chat.decode(data.prompt_ids(chat, [PROBLEM], prompt)[0]) == (
+        "<|im_start|>system\nThink.<|im_end|>\n"
+        f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
+    )
+    text = prompt.plain.replace("{problem}", PROBLEM["problem"])
+    assert plain.decode(data.prompt_ids(plain, [PROBLEM], prompt)[0]) == text
+    without_system = chat.decode(data.prompt_ids(chat, [PROBLEM], config_of().prompt)[0])
+    assert without_system.startswith("<|im_start|>system\nYou are a helpful assistant.<|im_end|>")
+    for with_chat in (True, False):  # one bos: the template's, or the tokenizer's
+        llama = tokenizer("llama", chat=with_chat)
+        ids = data.prompt_ids(llama, [PROBLEM], prompt)[0]
+        assert ids[0] == llama.bos_token_id
+        assert ids.count(llama.bos_token_id) == 1
+
+
+def test_prompts_that_do_not_fit_the_context_are_left_out(tmp_path, capsys):
+    plain = tokenizer("qwen", chat=False)
+    config = config_of("prompts_per_step=2", "max_new_tokens=100")
+    short = PROBLEM | {"problem": "1+1?"}
+    problems = [short, PROBLEM | {"problem": 300 * "long "}, short]
+    assert data.drop_long_prompts(problems, plain, 256, config) == [short, short]
+    assert "2 of 3 problems fit" in capsys.readouterr().err
+    with pytest.raises(UserError, match="max_new_tokens=100: .* 0 of 3 problems fit"):
+        data.drop_long_prompts(problems, plain, 101, config)

@@ -1,6 +1,6 @@
-"""Runs in a world that misbehaves: signals, numbers that are not finite, graders that stumble."""
+"""Tests of runs that are interrupted: signals, losses that are not finite, graders that raise."""
 
-import json
+import os
 import signal
 import subprocess
 import sys
@@ -11,100 +11,143 @@ import torch
 from helpers import ROOT, SMALL, metrics_of
 from transformers import AutoModelForCausalLM
 
-import step as steps
 import train
-from support import config as configs
-from support import signals
-from support.checks import Halted
+from support.config import RunError
+from support.distributed import StopSignal
+
+
+@pytest.fixture
+def restored_handlers():
+    """Give this process its signal handlers back, which a run replaces."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def weights_of(name):
     return AutoModelForCausalLM.from_pretrained(Path("runs") / name / "model").state_dict()
 
 
-@pytest.mark.parametrize("when", ["in step 3", "in an evaluation"])
-def test_stopped_by_a_signal_and_resumed_is_the_unbroken_run(in_tmp, monkeypatch, capsys, when):
-    """A step is finished and saved; what was saved before an evaluation is evaluated later."""
-    words = [*SMALL, "save_every=4"]
-    train.main(configs.training_keys([*words, "name=whole"]))
-    problems, evaluate = steps.step_problems, train.evaluate.evaluate
+def assert_same_run(name, other):
+    assert metrics_of(name) == metrics_of(other)
+    for key, weight in weights_of(name).items():
+        assert torch.equal(weight, weights_of(other)[key])
 
-    def stopped(all, step, **named):
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stopped_by_a_signal_and_resumed_is_the_unbroken_run(
+    in_tmp, monkeypatch, capsys, restored_handlers, number
+):
+    """The step is finished and saved, although no checkpoint is due."""
+    arguments = [*SMALL, "save_every=4"]
+    train.main([*arguments, "name=unbroken"])
+    draw_problems = train.draw_problems
+
+    def draw_and_signal(problems, step, *others):
         if step == 2:
-            monkeypatch.setattr(signals, "asked", signal.SIGTERM)  # as the thread that hears it does
-        return problems(all, step, **named)
+            os.kill(os.getpid(), number)
+        return draw_problems(problems, step, *others)
 
-    def stopped_at_once(*arguments, title, **named):
-        if title == "evaluation":
-            raise SystemExit(143)
-        return evaluate(*arguments, title=title, **named)
-
-    with monkeypatch.context() as patch:
-        if when == "in step 3":
-            patch.setattr(steps, "step_problems", stopped)
-        else:
-            patch.setattr(train.evaluate, "evaluate", stopped_at_once)
-        with pytest.raises(SystemExit) as ended:
-            train.main(configs.training_keys([*words, "name=stopped"]))
-    assert ended.value.code == 143
-    assert [row["step"] for row in metrics_of("stopped")] == ([0, 1, 2, 2, 3] if when == "in step 3" else [0, 1, 2])
-    monkeypatch.setattr(signals, "asked", 0)
-    train.main(configs.training_keys(["name=stopped", "resume=true"]))
-    assert metrics_of("stopped") == metrics_of("whole")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as caught:
+        patch.setattr(train, "draw_problems", draw_and_signal)
+        train.main([*arguments, "name=stopped"])
+    assert caught.value.code == 128 + number
+    assert [row["step"] for row in metrics_of("stopped")] == [0, 1, 2, 2, 3]
+    printed = capsys.readouterr().out
+    assert "step 3 is saved" in printed
+    assert "name=stopped resume=true" in printed
+    train.main(["name=stopped", "resume=true"])
+    assert_same_run("stopped", "unbroken")
 
 
-def test_a_real_run_that_is_terminated(tmp_path):
-    """SIGTERM to the command itself."""
-    command = [sys.executable, ROOT / "train.py", *SMALL, "steps=100000", "evaluation.every=0", "save_every=100000",
-               "name=run"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def test_a_second_signal_ends_the_process_at_once(capsys, restored_handlers):
+    stop_signal = StopSignal()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stop_signal.number == signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+    assert "a second signal stops at once" in capsys.readouterr().err
+
+
+def test_signals_end_the_evaluation_after_the_last_step_at_once(
+    in_tmp, monkeypatch, restored_handlers
+):
+    """The last checkpoint is there already, so that there is nothing to finish."""
+    evaluate_policy = train.evaluate_policy
+    before = signal.getsignal(signal.SIGINT)
+
+    def spy(run, files, samples):
+        assert signal.getsignal(signal.SIGINT) is before
+        return evaluate_policy(run, files, samples)
+
+    monkeypatch.setattr(train, "evaluate_policy", spy)
+    train.main([*SMALL, "steps=1", "evaluation.every=0", "name=run"])
+    assert metrics_of("run")[-1]["step"] == 1
+
+
+def test_the_command_when_it_is_terminated(tmp_path):
+    command = [
+        sys.executable,
+        ROOT / "train.py",
+        *SMALL,
+        "steps=100000",
+        "evaluation.every=0",
+        "save_every=100000",
+        "name=run",
+    ]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     while not (line := process.stdout.readline()).startswith("step 2"):
         assert line, process.communicate()
     process.terminate()
-    _, told = process.communicate(timeout=100)
+    printed, errors = process.communicate(timeout=170)
     assert process.returncode == 143
-    last = len(metrics_of(tmp_path / "runs" / "run")) - 1
-    assert told.splitlines() == [
-        f"SIGTERM: finishing step {last}, then saving; again to stop at once",
-        f"SIGTERM: step {last} is finished and saved; to go on: python train.py name=run resume=true"]
+    last = metrics_of(tmp_path / "runs" / "run")[-1]["step"]
+    assert errors == (
+        "note: stopping after this step, which is then saved; a second signal stops at once\n"
+    )
+    line = printed.splitlines()[-1]
+    assert f"step {last} is saved" in line
+    assert "name=run resume=true" in line
+    assert (tmp_path / "runs" / "run" / "checkpoints" / f"step-{last:06d}").is_dir()
 
 
-def test_numbers_that_are_not_finite_are_not_saved(in_tmp, monkeypatch, capsys):
-    """From step 3 on the rate is far too high. Three steps without a loss end the run; the save of step 2 stays."""
-    rate = train.learning_rate
-    monkeypatch.setattr(train, "learning_rate", lambda step, config: rate(step, config) if step < 2 else 1e20)
-    words = [*SMALL, "save_every=1", "evaluation.every=0", "steps=7", "reward=trajectory_likelihood"]
-    with pytest.raises(Halted, match="step 6: 3 steps in a row .* lower optimizer.lr") as ended:
-        train.main(configs.training_keys([*words, "name=broken"]))
-    assert ended.value.status == 1
+def test_losses_that_are_not_finite_end_the_run(in_tmp, monkeypatch, capsys):
+    """From step 3 on the rate is far too high. The updates after it are skipped, and the third ends
+    the run; the checkpoint of step 2 stays.
+    """
+    learning_rate = train.learning_rate
+
+    def far_too_high(step, config):
+        return learning_rate(step, config) if step < 2 else 1e20
+
+    arguments = [*SMALL, "evaluation.every=0", "steps=7", "reward=trajectory_likelihood"]
+    with monkeypatch.context() as patch, pytest.raises(RunError) as caught:
+        patch.setattr(train, "learning_rate", far_too_high)
+        train.main([*arguments, "name=broken"])
+    assert caught.value.exit_code == 1
+    assert "step 6: no finite loss and gradient in 3 steps in a row" in str(caught.value)
     rows = metrics_of("broken")[1:]
-    assert [row["update/skipped"] for row in rows] == [0, 0, 0, 1, 1, 1] and rows[-1]["loss"] is None
-    lines = Path("runs/broken/bad-step-6-rank0.jsonl").read_text().splitlines()
-    assert len(lines) == 16 and json.loads(lines[0]).keys() == {"prompt", "completion", "reward", "logprobs"}
-    assert "warning: step 3 is not saved, for the weights give no finite" in capsys.readouterr().out
-    monkeypatch.setattr(train, "learning_rate", rate)
-    train.main(configs.training_keys(["name=broken", "resume=true"]))
-    train.main(configs.training_keys([*words, "name=whole"]))
-    assert metrics_of("broken") == metrics_of("whole")
-    for name, weight in weights_of("whole").items():
-        assert torch.equal(weight, weights_of("broken")[name])
+    assert [row["update/skipped"] for row in rows] == [0, 0, 0, 1, 1, 1]
+    assert rows[-1]["loss"] is None
+    assert "is not finite" in capsys.readouterr().err
+    train.main(["name=broken", "resume=true"])
+    train.main([*arguments, "name=unbroken"])
+    assert_same_run("broken", "unbroken")
 
 
-def test_a_last_step_that_is_not_finite_leaves_no_model(in_tmp):
-    with pytest.raises(Halted, match="step 1: the weights give no finite gradient"):
-        train.main(configs.training_keys([*SMALL, "steps=1", "optimizer.lr=1e20", "reward=trajectory_likelihood",
-                                          "name=broken"]))
-    assert not {"model", "checkpoint", "checkpoints"} & {path.name for path in (in_tmp / "runs" / "broken").iterdir()}
+def test_a_grader_that_raises_does_not_end_the_run(in_tmp, monkeypatch, capsys):
+    """The completion counts as wrong. Then all rewards are equal, which is printed too."""
 
-
-def test_a_grader_that_stumbles_ends_no_run(in_tmp, monkeypatch, capsys):
-    """The completion counts as wrong; a warning names it, once for each kind of error. No group differs: told too."""
     def grader(problem, text, name):
         raise ZeroDivisionError("inside the grader")
 
-    monkeypatch.setattr("data.is_correct", grader)
-    train.main(configs.training_keys([*SMALL, "steps=2", "name=graded"]))
+    monkeypatch.setattr("rewards.is_correct", grader)
+    train.main([*SMALL, "steps=2", "evaluation.every=0", "name=graded"])
     printed = capsys.readouterr().out
-    assert printed.count("the grader raised ZeroDivisionError: inside the grader, at {'numbers'") == 1
-    assert all(row["reward/accuracy"] == 0 for row in metrics_of("graded") if "loss" in row)
-    assert printed.count("no group's rewards differ: this step teaches nothing") == 2
+    assert "the grader raised ZeroDivisionError: inside the grader" in printed
+    steps = [row for row in metrics_of("graded") if "loss" in row]
+    assert all(row["reward/accuracy"] == 0 for row in steps)
+    assert printed.count("in every group all rewards are equal: this step teaches nothing") == 2

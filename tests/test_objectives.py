@@ -1,209 +1,275 @@
-"""Objectives against float64 loops written from their papers: value, gradient, and the whole way from config words."""
+"""Objectives against float64 loops written from their papers, alone and from settings."""
 
 import math
 
 import pytest
 import torch
-from gradient_worker import by_length, moved, step_gradient
+from gradient_worker import by_length, made_up_prompts, made_up_rollout, moved, step_gradient
 from helpers import ALONE, assert_same_gradient, config_of, tiny_model
 
-import grpo
-import rollout
-import scope
-import step as steps
+from grpo import group_advantages
+from objectives import OBJECTIVES, MicroBatch
+from rollout import sample
+from scope import covariance_score, select_tokens
+from train import select
+
+B = 6
+LOW = 0.2
+HIGH = 0.28
 
 
 def mean(values):
     return sum(values) / len(values)
 
 
-B, COEF, LOW, HIGH = 6, 0.3, 0.2, 0.28
+@pytest.fixture
+def strong(monkeypatch):
+    """Give the constants of the papers values that show in small batches."""
+    constants = {
+        "DIV_COEF": 0.4,
+        "KL_COV_COEF": 2.0,
+        "KL_COV_FRACTION": 0.1,
+        "CLIP_COV_FRACTION": 0.2,
+        "CLIP_COV_RANGE": (0.05, 5.0),
+    }
+    for name, value in constants.items():
+        monkeypatch.setattr(f"objectives.{name}", value)
 
 
-@pytest.fixture(scope="module")
+# ---------------------------------------------------------------- losses
+
+
+@pytest.fixture
 def completions():
-    """Six completions of unequal length, off-policy, in loops' own data structure."""
+    """Make up six completions of unequal length, off-policy, as a list of tokens for each."""
     generator = torch.Generator().manual_seed(4)
     rows = []
     for b in range(B):
-        length = 3 + 2 * b
-        old = -2 * torch.rand(length, generator=generator, dtype=torch.float64)
-        moved = old + 0.4 * torch.randn(length, generator=generator, dtype=torch.float64)
-        rows.append({
-            "old": old.tolist(),
-            "logp": moved.clamp(max=-1e-3).tolist(),
-            "A": torch.randn(1, generator=generator).item(),
-            "correct": b % 2 == 0,
-            "marked": (torch.rand(length, generator=generator) < 0.3).tolist(),
-        })
+        A = torch.randn(1, generator=generator).item()
+        row = []
+        for _ in range(3 + 2 * b):
+            old, noise, chance = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
+            row.append(
+                {
+                    "logp": -2 * old + noise - 0.5,
+                    "old": -2 * old,
+                    "A": A,
+                    "correct": b % 2 == 0,
+                    "marked": chance < 0.3,
+                }
+            )
+        rows.append(row)
     return rows
 
 
-def slow_ppo(logp, old, A, low, high):
-    rho = math.exp(logp - old)
-    return -min(rho * A, min(max(rho, 1 - low), 1 + high) * A)
+def slow_ppo(token, low, high):
+    rho = math.exp(token["logp"] - token["old"])
+    return -min(rho * token["A"], min(max(rho, 1 - low), 1 + high) * token["A"])
+
+
+def slow_token_loss(token, objective):
+    if objective == "kl_cov":
+        drift = token["logp"] - token["old"]
+        penalty = 2.0 * abs(drift) if token["marked"] else 0.0
+        return penalty - math.exp(drift) * token["A"]
+    if objective == "clip_cov":
+        return 0.0 if token["marked"] else slow_ppo(token, 1.0, 1.0)
+    return slow_ppo(token, LOW, HIGH)
 
 
 def slow_objective(rows, objective, normaliser):
-    """The loss as the papers write it: per token, then a mean over tokens, or over completions of their means."""
-    losses = []  # of each completion: its kept tokens' losses
+    """Compute the loss as the papers write it: per token, then a mean over tokens, or over
+    completions of their means.
+    """
+    losses = []  # of each completion: those of the tokens that count
     for row in rows:
-        kept = []
-        for logp, old, marked in zip(row["logp"], row["old"], row["marked"]):
-            rho = math.exp(logp - old)
-            if objective == "forking_rl" and not marked:
-                continue
-            if objective == "kl_cov":
-                kept.append(-rho * row["A"] + (COEF * abs(logp - old) if marked else 0))
-            elif objective == "clip_cov":
-                kept.append(0.0 if marked else slow_ppo(logp, old, row["A"], 1.0, 1.0))
-            else:
-                kept.append(slow_ppo(logp, old, row["A"], LOW, HIGH))
-        losses.append(kept)
+        counted = [token for token in row if token["marked"] or objective != "forking_rl"]
+        losses.append([slow_token_loss(token, objective) for token in counted])
     if normaliser == "token":
         loss = sum(map(sum, losses)) / sum(map(len, losses))
     else:
-        loss = sum(sum(kept) / max(len(kept), 1) for kept in losses) / B
+        loss = sum(sum(of_row) / max(len(of_row), 1) for of_row in losses) / B
     if objective == "div":
         for row in rows:
-            if row["correct"]:
-                terms = [math.exp(logp - old) * logp for logp, old in zip(row["logp"], row["old"])]
-                loss += COEF * sum(terms) / len(terms) / B
+            if row[0]["correct"]:
+                terms = [math.exp(token["logp"] - token["old"]) * token["logp"] for token in row]
+                loss += 0.4 * mean(terms) / B
     return loss
 
 
 def fast_objective(rows, objective, normaliser, logprobs):
-    """The same through grpo.OBJECTIVES, with the weights that step.micro_batches makes."""
-    lengths = [len(row["logp"]) for row in rows]
-    flat = [(b, t) for b in range(B) for t in range(lengths[b])]
-    marked = torch.tensor([rows[b]["marked"][t] for b, t in flat])
-    kept = marked if objective == "forking_rl" else torch.ones_like(marked)
-    kept_in_row = [sum(int(kept[i]) for i, (b, _) in enumerate(flat) if b == row) for row in range(B)]
-    weight = [1 / int(kept.sum()) if normaliser == "token" else 1 / (max(kept_in_row[b], 1) * B) for b, _ in flat]
-    tokens = grpo.Tokens(
-        logprobs, torch.tensor([rows[b]["old"][t] for b, t in flat], dtype=torch.float64),
-        torch.tensor([rows[b]["A"] for b, _ in flat], dtype=torch.float64),
-        torch.tensor(weight, dtype=torch.float64),
-        torch.tensor([1 / (lengths[b] * B) for b, _ in flat], dtype=torch.float64), marked,
-        torch.tensor([rows[b]["correct"] for b, _ in flat]),
+    """Compute the same by OBJECTIVES, with the weights that train.update makes."""
+    tokens = sum(rows, [])
+
+    def column(name, dtype=torch.float64):
+        return torch.tensor([token[name] for token in tokens], dtype=dtype)
+
+    counts = torch.tensor([len(row) for row in rows])
+    counted = counts
+    if objective == "forking_rl":
+        counted = torch.tensor([sum(token["marked"] for token in row) for row in rows])
+    weight = 1 / (counted.clamp(min=1) * B).double()
+    if normaliser == "token":
+        weight = torch.full((B,), 1 / int(counted.sum()), dtype=torch.float64)
+    batch = MicroBatch(
+        rows=None,
+        tokens=None,
+        predicts_completion=None,
+        targets=None,
+        selected=None,
+        old_logprobs=column("old"),
+        advantages=column("A"),
+        correct=column("correct", torch.bool),
+        token_mask=column("marked", torch.bool),
+        weight=weight.repeat_interleave(counts),
+        sequence_weight=(1 / (counts * B).double()).repeat_interleave(counts),
     )
-    low, high = grpo.OBJECTIVES[objective].clip or (LOW, HIGH)
-    return grpo.OBJECTIVES[objective].loss(tokens, clip_low=low, clip_high=high, coef=COEF)
+    clip_low, clip_high = OBJECTIVES[objective].clip or (LOW, HIGH)
+    return (
+        OBJECTIVES[objective].loss(logprobs, batch.old_logprobs, batch, clip_low, clip_high).sum()
+    )
 
 
 @pytest.mark.parametrize("normaliser", ["token", "sequence"])
-@pytest.mark.parametrize("objective", grpo.OBJECTIVES)
-def test_objectives_value_and_gradient(completions, objective, normaliser):
-    logprobs = torch.tensor([x for row in completions for x in row["logp"]], dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_objectives_value_and_gradient(strong, completions, objective, normaliser):
+    tokens = sum(completions, [])
+    logprobs = torch.tensor(
+        [token["logp"] for token in tokens], dtype=torch.float64, requires_grad=True
+    )
     loss = fast_objective(completions, objective, normaliser, logprobs)
     loss.backward()
-    assert loss.item() == pytest.approx(slow_objective(completions, objective, normaliser), rel=1e-12)
-    i, h = 0, 1e-6
-    for row in completions:
-        for t, x in enumerate(row["logp"]):
-            values = []
-            for sign in (1, -1):
-                row["logp"][t] = x + sign * h
-                values.append(slow_objective(completions, objective, normaliser))
-            row["logp"][t] = x
-            assert logprobs.grad[i].item() == pytest.approx((values[0] - values[1]) / (2 * h), rel=1e-5, abs=1e-9)
-            i += 1
+    expected = slow_objective(completions, objective, normaliser)
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
+    h = 1e-6
+    for token, gradient in zip(tokens, logprobs.grad.tolist(), strict=True):
+        logp = token["logp"]
+        token["logp"] = logp + h
+        up = slow_objective(completions, objective, normaliser)
+        token["logp"] = logp - h
+        down = slow_objective(completions, objective, normaliser)
+        token["logp"] = logp
+        assert gradient == pytest.approx((up - down) / (2 * h), rel=1e-5, abs=1e-9)
 
 
-def test_clip_cov_tokens():
-    """Only 1 < C < 5 and not clipped already; round(fraction N) of them at random, or all if fewer."""
+# ---------------------------------------------------------------- the tokens that they mark
+
+
+def test_clip_cov_marks_tokens_in_its_range_that_are_not_clipped(monkeypatch):
+    """Only 1 < C < 5, and rho <= 2 where A > 0; round(fraction N) at random, or all if fewer."""
     covariance = torch.linspace(-2, 8, 1001)
+    monkeypatch.setattr("objectives.covariance_score", lambda logprobs, advantages: covariance)
+    monkeypatch.setattr("objectives.CLIP_COV_FRACTION", 0.05)
+    logprobs = torch.full((1001,), -1.0)
     clipped = torch.arange(1001) % 3 == 0
-    candidates = [i for i in range(1001) if 1 < covariance[i] < 5 and i % 3]
+    tokens = {
+        "logprobs": logprobs,
+        "advantages": torch.ones(1001),
+        "old_logprobs": logprobs - clipped.float(),
+    }
+    candidates = {i for i in range(1001) if 1 < covariance[i] < 5 and i % 3}
     seen = set()
     for seed in range(60):
-        marked = grpo.clip_cov_tokens(covariance, clipped, fraction=0.05, low=1.0, high=5.0, seed=seed)
-        chosen = set(marked.nonzero().flatten().tolist())
-        assert len(chosen) == 50 and chosen <= set(candidates)
-        seen |= chosen
+        mask = OBJECTIVES["clip_cov"].token_mask(tokens, config_of(), seed)
+        marked = set(mask.nonzero().flatten().tolist())
+        assert len(marked) == 50
+        assert marked <= candidates
+        seen |= marked
     assert len(seen) > 0.99 * len(candidates)
-    everything = grpo.clip_cov_tokens(covariance, clipped, fraction=1.0, low=1.0, high=5.0, seed=0)
-    assert everything.nonzero().flatten().tolist() == candidates
+    monkeypatch.setattr("objectives.CLIP_COV_FRACTION", 1.0)
+    everything = OBJECTIVES["clip_cov"].token_mask(tokens, config_of(), 0)
+    assert set(everything.nonzero().flatten().tolist()) == candidates
 
 
-def test_kl_cov_on_policy_is_grpo():
-    """One update per rollout: the penalty's subgradient is 0 at equality, so its words change nothing."""
-    _, plain, _ = step_gradient(ALONE, rewards_of=by_length, strategy="none")
-    _, with_cov, _ = step_gradient(ALONE, rewards_of=by_length, strategy="none",
-                                   more=["objective=kl_cov", "kl_cov.coef=50.0", "kl_cov.fraction=0.5"])
-    assert_same_gradient(plain, with_cov, tolerance=1e-7)
+def test_clip_cov_draws_other_tokens_than_the_selection(monkeypatch):
+    """With the same candidates and seed the two overlap as chance has it, not token for token."""
+    tokens = {name: torch.zeros(2000) for name in ("logprobs", "entropy", "advantages")}
+    monkeypatch.setattr(
+        "objectives.covariance_score", lambda logprobs, advantages: torch.full((2000,), 2.0)
+    )
+    monkeypatch.setattr("objectives.CLIP_COV_FRACTION", 0.1)
+    mask = OBJECTIVES["clip_cov"].token_mask(
+        tokens | {"old_logprobs": torch.zeros(2000)}, config_of(), 5
+    )
+    uniform = select_tokens("uniform", fraction=0.1, seed=5, **tokens)
+    assert mask.sum() == uniform.sum() == 200
+    assert (mask & uniform).sum() < 50  # 20 expected
 
 
-def test_marked_tokens_of_each_objective():
-    """forking_rl marks the forking tokens, kl_cov the highest covariances, in the step itself."""
-    marks = {}
-    for objective in ("grpo", "div", "forking_rl", "kl_cov", "clip_cov"):
-        config = config_of(f"objective={objective}", "kl_cov.fraction=0.1", "clip_cov.fraction=0.1", "clip_cov.low=0.1")
-        policy = tiny_model()
-        prompts = [[2, 3 + i] for i in range(16)]  # all different: no two tokens share a distribution
-        sampled = rollout.sample(policy, prompts, list(range(16)), stop=[1], max_new_tokens=9, seed=0, step=0)
-        advantages = grpo.group_advantages(torch.arange(16.0) % 5, 8)
-        marks[objective] = steps.select(sampled, sampled.logprobs, advantages, config, seed=0)
-    flat = marks["grpo"].flat
-    n = len(flat["logprobs"])
-    assert not marks["grpo"].marked.any() and not marks["div"].marked.any()
-    forking = flat["entropy"] >= flat["entropy"].sort(descending=True).values[round(0.2 * n) - 1]
-    assert (marks["forking_rl"].flat["marked"] == forking).all()
-    covariance = scope.covariance_score(flat["logprobs"], flat["advantages"])
-    assert (marks["kl_cov"].flat["marked"] == (covariance >= covariance.sort().values[-round(0.1 * n)])).all()
-    clip = marks["clip_cov"].flat["marked"]
-    assert 0 < clip.sum() <= round(0.1 * n) and (covariance[clip] > 0.1).all()
+@pytest.mark.parametrize("objective", ["kl_cov", "clip_cov"])
+def test_cov_methods_mark_at_least_one_token(monkeypatch, objective):
+    monkeypatch.setattr("objectives.CLIP_COV_RANGE", (0.0, 5.0))
+    tokens = {}
+    for seed, name in enumerate(("logprobs", "entropy", "advantages")):
+        tokens[name] = torch.randn(50, generator=torch.Generator().manual_seed(seed))
+    tokens["old_logprobs"] = tokens["logprobs"]
+    assert OBJECTIVES[objective].token_mask(tokens, config_of(), 0).sum() == 1
 
 
-@pytest.mark.parametrize("objective", grpo.OBJECTIVES)
-def test_scope_leaves_the_objectives_own_gradient_untouched(objective):
-    """(objective + SCOPE) - objective is one and the same vector for every objective: the penalty's gradient."""
+def test_token_masks_in_a_step(strong):
+    """forking_rl marks the forking tokens, kl_cov the highest covariances."""
+    prompts = [[2, 3 + i] for i in range(16)]  # all different: no two tokens share a distribution
+    rollout = sample(
+        tiny_model(), prompts, list(range(16)), stop=[1], max_new_tokens=9, seed=0, step=0
+    )
+    rollout.advantages = group_advantages(torch.arange(16.0) % 5, 8)
+    masks = {}
+    for objective in OBJECTIVES:
+        config = config_of(f"objective={objective}", "forking_fraction=0.3")
+        _, mask, metrics = select(rollout, rollout, config, ALONE, seed=0)
+        masks[objective] = mask[rollout.mask]
+        assert not mask[~rollout.mask].any()
+        assert metrics["objective/fraction"] == pytest.approx(
+            masks[objective].float().mean().item()
+        )
+    logprobs = rollout.logprobs[rollout.mask]
+    entropy = rollout.entropy[rollout.mask]
+    advantages = rollout.advantages[:, None].expand_as(rollout.mask)[rollout.mask]
+    n = len(entropy)
+    assert not masks["grpo"].any()
+    assert not masks["div"].any()
+    assert (masks["forking_rl"] == (entropy >= entropy.sort().values[-round(0.3 * n)])).all()
+    covariance = covariance_score(logprobs, advantages)
+    assert (masks["kl_cov"] == (covariance >= covariance.sort().values[-round(0.1 * n)])).all()
+    assert 0 < masks["clip_cov"].sum() <= round(0.2 * n)
+    assert (covariance[masks["clip_cov"]] > 0.05).all()
 
-    def penalty(objective):
-        more = [f"objective={objective}", "div.coef=0.5", "clip_cov.fraction=0.2", "clip_cov.low=0.01"]
-        chosen, together, _ = step_gradient(ALONE, rewards_of=by_length, strategy="scope", more=more)
-        _, alone, _ = step_gradient(ALONE, rewards_of=by_length, strategy="none", more=more)
-        return chosen, {name: together[name] - alone[name] for name in together}, alone
 
-    chosen, difference, alone = penalty(objective)
-    expected_chosen, expected, grpo_alone = penalty("grpo")
-    assert (chosen == expected_chosen).all() and chosen.any()
-    assert_same_gradient(expected, difference, tolerance=1e-5)
+# ---------------------------------------------------------------- gradients of a whole update
+
+
+def test_kl_cov_on_policy_is_grpo(strong):
+    """With one update per rollout the penalty's subgradient is 0."""
+    _, grpo, _ = step_gradient(ALONE, rewards_of=by_length, strategy="none")
+    _, kl_cov, _ = step_gradient(ALONE, "objective=kl_cov", rewards_of=by_length, strategy="none")
+    assert_same_gradient(grpo, kl_cov, tolerance=1e-7)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_scope_leaves_the_objectives_own_gradient_untouched(strong, objective):
+    """(objective + SCOPE) - objective is the same vector for all: the penalty's gradient."""
+
+    def gradients_of(objective):
+        setting = f"objective={objective}"
+        selected, together, _ = step_gradient(ALONE, setting, rewards_of=by_length)
+        _, alone, _ = step_gradient(ALONE, setting, rewards_of=by_length, strategy="none")
+        return selected, alone, {name: together[name] - alone[name] for name in together}
+
+    selected, alone, penalty = gradients_of(objective)
+    expected_selected, grpo, expected = gradients_of("grpo")
+    assert selected.any()
+    assert (selected == expected_selected).all()
+    assert_same_gradient(expected, penalty, tolerance=1e-5)
     if objective not in ("grpo", "kl_cov"):  # and the objectives do differ
         with pytest.raises(AssertionError):
-            assert_same_gradient(grpo_alone, alone, tolerance=1e-4)
+            assert_same_gradient(grpo, alone, tolerance=1e-4)
 
 
-CASES = [(objective, normaliser, on_policy, ()) for objective in grpo.OBJECTIVES
-         for normaliser, on_policy in (("token", True), ("token", False), ("sequence", False))]
-CASES += [("grpo", "token", False, ("selection.kl=k3",)),
-          ("grpo", "token", True, ("selection.kl=k3", "grpo.kl_coef=0.3")),
-          ("grpo", "token", True, ("selection.normaliser=tokens",)),
-          ("forking_rl", "sequence", False, ("grpo.kl_coef=0.3", "grpo.entropy_coef=0.2"))]
-
-
-@pytest.mark.parametrize("objective, normaliser, on_policy, extra", CASES)
-def test_from_config_words_to_gradient(objective, normaliser, on_policy, extra):
-    """The whole of steps 5-6 against loops over float64 logits: marks, weights, ratios, penalty, regularisers."""
-    words = ["selection.kl_coef=0.7", "selection.fraction=0.2", f"objective={objective}", "div.coef=0.4",
-             "kl_cov.coef=2.0", f"grpo.normaliser={normaliser}", "kl_cov.fraction=0.1", "clip_cov.fraction=0.2",
-             "clip_cov.low=0.05", "grpo.clip_low=0.05", "grpo.clip_high=0.1", *extra]
-    _, gradient, metrics = step_gradient(ALONE, rewards_of=by_length, more=words, on_policy=on_policy,
-                                         micro_batch_size=12, logits_chunk=50)
-    config = config_of(*words)
-
-    generator = torch.Generator().manual_seed(3)
-    prompts = [torch.randint(2, 40, (3 + i % 4,), generator=generator).tolist() for i in range(8)]
-    prompts = [prompts[row // 4] for row in range(32)]
-    sampled = rollout.sample(tiny_model(seed=0), prompts, list(range(32)), stop=[1, 5], max_new_tokens=16,
-                             temperature=0.9, seed=0, step=0)
-    advantages = grpo.group_advantages(by_length(sampled, range(32)), 4).tolist()
-    policy = tiny_model(seed=0) if on_policy else moved(tiny_model(seed=0))
-    policy, reference = policy.double(), tiny_model(seed=1).double()
-
-    tokens = []  # one dictionary a token, in row order
-    for b, prompt in enumerate(prompts):
-        completion = sampled.tokens[b][sampled.mask[b]].tolist()
+def slow_step_tokens(rollout, policy, reference, on_policy):
+    """Return every token of the step, a dictionary each, from float64 logits one row at a time."""
+    tokens = []
+    for b, prompt in enumerate(rollout.prompts):
+        completion = rollout.tokens[b][rollout.mask[b]].tolist()
         ids = torch.tensor([prompt + completion])
         logp = torch.log_softmax(policy(ids).logits[0, len(prompt) - 1 : -1] / 0.9, -1)
         with torch.no_grad():
@@ -211,74 +277,110 @@ def test_from_config_words_to_gradient(objective, normaliser, on_policy, extra):
         for t, y in enumerate(completion):
             p = logp[t].exp()
             now = logp[t, y].item()
-            tokens.append({
-                "b": b, "A": advantages[b], "T": len(completion), "logp": logp[t, y], "ref": log_ref[t, y],
-                "old": now if on_policy else sampled.logprobs[b, t].item(), "H": -(p * logp[t]).sum(),
-                "D": (p * (logp[t] - log_ref[t])).sum(),
-                "s": math.exp(now) * (1 - math.exp(now)) * max(advantages[b], 0),
-            })
+            A = rollout.advantages[b].item()
+            tokens.append(
+                {
+                    "row": b,
+                    "length": len(completion),
+                    "A": A,
+                    "logp": logp[t, y],
+                    "old": now if on_policy else rollout.logprobs[b, t].item(),
+                    "H": -(p * logp[t]).sum().item(),
+                    "D": (p * (logp[t] - log_ref[t])).sum(),
+                    "s": math.exp(now) * (1 - math.exp(now)) * max(A, 0),
+                }
+            )
+    return tokens
+
+
+def largest(scores, k):
+    return sorted(range(len(scores)), key=lambda i: -scores[i])[:k]
+
+
+def slow_marks(tokens, objective):
+    """Return the numbers of the tokens that the objective treats specially."""
     N = len(tokens)
-    mean_logp, mean_A = mean([t["logp"].item() for t in tokens]), mean([t["A"] for t in tokens])
-
-    def largest(score, k):
-        return sorted(range(N), key=lambda i: -score(tokens[i]))[:k]
-
-    marked = set()
+    logprobs = [token["logp"].item() for token in tokens]
+    advantages = [token["A"] for token in tokens]
+    mean_logp = mean(logprobs)
+    mean_A = mean(advantages)
     if objective == "forking_rl":
-        marked = set(largest(lambda t: t["H"].item(), round(0.2 * N)))
+        return largest([token["H"] for token in tokens], round(0.3 * N))
     if objective == "kl_cov":
-        marked = set(largest(lambda t: (t["logp"].item() - mean_logp) * (t["A"] - mean_A), round(0.1 * N)))
-    if objective == "clip_cov":  # drawn at random: the draw is taken over, its rule is tested above
-        C = torch.tensor([(t["logp"].item() - mean_logp) * (t["A"] - mean_A) for t in tokens])
-        rho = torch.tensor([math.exp(t["logp"].item() - t["old"]) for t in tokens])
-        A = torch.tensor([t["A"] for t in tokens])
-        out = ((A > 0) & (rho > 2)) | ((A < 0) & (rho < 0))
-        drawn = grpo.clip_cov_tokens(C, out, fraction=0.2, low=0.05, high=5.0, seed=0x9E3779B9)
-        marked = set(drawn.nonzero().flatten().tolist())
-        assert marked
+        scores = [(x - mean_logp) * (A - mean_A) for x, A in zip(logprobs, advantages)]
+        return largest(scores, round(0.1 * N))
+    if objective == "clip_cov":  # these are drawn at random: the draw is taken over, tested above
+        old = torch.tensor([token["old"] for token in tokens])
+        columns = {
+            "logprobs": torch.tensor(logprobs),
+            "advantages": torch.tensor(advantages),
+            "old_logprobs": old,
+        }
+        return OBJECTIVES[objective].token_mask(columns, None, 0).nonzero().flatten().tolist()
+    return []
 
-    kept = marked if objective == "forking_rl" else set(range(N))
+
+@pytest.mark.parametrize(
+    "normaliser, on_policy, paying",
+    [("token", True, "selected"), ("token", False, "tokens"), ("sequence", False, "selected")],
+)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_from_settings_to_gradient(strong, objective, normaliser, on_policy, paying):
+    """Steps 5-6 as a whole against loops over float64 logits: marks, weights, ratios, penalty."""
+    _, gradient, metrics = step_gradient(
+        ALONE,
+        f"objective={objective}",
+        f"grpo.normaliser={normaliser}",
+        f"selection.normaliser={paying}",
+        "grpo.clip_low=0.05",
+        "grpo.clip_high=0.1",
+        "forking_fraction=0.3",
+        "micro_batch_size=12",
+        "logits_chunk=50",
+        rewards_of=by_length,
+        on_policy=on_policy,
+    )
+    rollout = made_up_rollout(tiny_model(seed=0), list(range(32)), by_length)
+    assert rollout.prompts == made_up_prompts()
+    policy = tiny_model(seed=0)
+    if not on_policy:
+        policy = moved(policy)
+    policy.double()
+    tokens = slow_step_tokens(rollout, policy, tiny_model(seed=1).double(), on_policy)
+    N = len(tokens)
+    marked = set(slow_marks(tokens, objective))
+    counted = set(range(N))
+    if objective == "forking_rl":
+        counted = marked
+    low, high = {"clip_cov": (0.0, 2.0), "kl_cov": (0.0, math.inf)}.get(objective, (0.95, 1.1))
     loss = 0.0
-    for i, t in enumerate(tokens):
-        rho = (t["logp"] - t["old"]).exp()
-        low, high = (0.0, 2.0) if objective == "clip_cov" else (0.95, 1.1)
-        value = -torch.minimum(rho * t["A"], rho.clamp(low, high) * t["A"])
-        if objective == "kl_cov":
-            value = -rho * t["A"] + (2.0 * (t["logp"] - t["old"]).abs() if i in marked else 0.0)
-        if i not in kept or (objective == "clip_cov" and i in marked):
+    num_clipped = 0
+    for i, token in enumerate(tokens):
+        A = token["A"]
+        rho = (token["logp"] - token["old"]).exp()
+        num_clipped += bool((A > 0 and rho > high) or (A < 0 and rho < low))
+        value = -torch.minimum(rho * A, rho.clamp(low, high) * A)
+        if objective == "kl_cov" and i in marked:
+            value = value + 2.0 * (token["logp"] - token["old"]).abs()
+        if i not in counted or (objective == "clip_cov" and i in marked):
             value = value * 0
-        in_row = sum(1 for j in kept if tokens[j]["b"] == t["b"])
-        loss = loss + value / (len(kept) if normaliser == "token" else 32 * max(in_row, 1))
-        if objective == "div" and t["b"] % 3 == 0:  # the rows that gradient_worker calls correct
-            loss = loss + 0.4 * rho * t["logp"] / (t["T"] * 32)
-        d = t["ref"] - t["logp"]
-        loss = loss + (config.grpo.kl_coef * (d.exp() - d - 1) - config.grpo.entropy_coef * t["H"]) / N
-    chosen = [i for i in largest(lambda t: t["s"], round(0.2 * N)) if tokens[i]["s"] > 0]
-    paying = N if config.selection.normaliser == "tokens" else len(chosen)
-    for i in chosen:
-        d = tokens[i]["ref"] - tokens[i]["logp"]
-        loss = loss + 0.7 * (d.exp() - d - 1 if config.selection.kl == "k3" else tokens[i]["D"]) / paying
+        denominator = len(counted)
+        if normaliser == "sequence":
+            denominator = 32 * max(sum(tokens[j]["row"] == token["row"] for j in counted), 1)
+        loss = loss + value / denominator
+        if (
+            objective == "div" and token["row"] % 3 == 0
+        ):  # the rows that made_up_rollout calls correct
+            loss = loss + 0.4 * rho * token["logp"] / (token["length"] * 32)
+    selected = [
+        i for i in largest([token["s"] for token in tokens], round(0.2 * N)) if tokens[i]["s"] > 0
+    ]
+    penalty = sum(tokens[i]["D"] for i in selected)
+    loss = loss + 0.7 * penalty / (N if paying == "tokens" else len(selected))
     loss.backward()
     assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-3, abs=1e-5)
-    assert_same_gradient({name: p.grad for name, p in policy.named_parameters()}, gradient, tolerance=2e-4)
-
-
-def test_clip_covs_draw_is_not_the_selections():
-    """The same candidates and seed: the two draws overlap as chance has it, not token for token."""
-    known = {name: torch.zeros(2000) for name in ("logprobs", "entropy", "advantages")}
-    flat = known | {"old_logprobs": torch.zeros(2000), "selected": torch.zeros(2000)}
-    config = config_of("clip_cov.low=0.0", "clip_cov.fraction=0.1")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grpo, "covariance_score", lambda logprobs, advantages: torch.ones(2000))
-        marked = grpo.OBJECTIVES["clip_cov"].marks(flat, config, 5)
-    uniform = scope.select_tokens("uniform", fraction=0.1, seed=5, **known)
-    assert marked.sum() == uniform.sum() == 200 and (marked & uniform).sum() < 50  # 20 expected
-
-
-def test_cov_methods_mark_at_least_one_token():
-    flat = {name: torch.randn(50, generator=torch.Generator().manual_seed(i))
-            for i, name in enumerate(("logprobs", "entropy", "advantages"))}
-    flat["old_logprobs"] = flat["logprobs"]
-    for name in ("kl_cov", "clip_cov"):
-        marks = grpo.OBJECTIVES[name].marks(flat, config_of("clip_cov.low=0.0"), 0)
-        assert marks.sum() == 1, name
+    assert metrics["kl/selected"] == pytest.approx(penalty.item() / len(selected), rel=1e-3)
+    assert metrics["clip_frac"] == pytest.approx(num_clipped / N, abs=1e-6)
+    assert on_policy or objective in ("kl_cov", "clip_cov") or num_clipped > 0
+    expected = {name: p.grad for name, p in policy.named_parameters()}
+    assert_same_gradient(expected, gradient, tolerance=2e-4)

@@ -1,149 +1,185 @@
-"""scope.py's method: scores, selection and the full-vocabulary KL, against slow references."""
+"""The method in scope.py: scores, selection and the full-vocabulary KL, against slow references."""
 
 import math
 
 import pytest
 import torch
+from torch.testing import assert_close
 
-import scope
+from scope import STRATEGIES, kl_divergence, redistribution_score, select_tokens
 
 
 def step_of_tokens(n=2000, seed=0, positive=0.5):
-    """Flat (logprobs, entropy, advantages) of a made-up step."""
+    """Make up the flat tokens of a step, as arguments of select_tokens."""
     generator = torch.Generator().manual_seed(seed)
     logprobs = -3 * torch.rand(n, generator=generator)
     entropy = 2 * torch.rand(n, generator=generator)
     advantages = torch.rand(n, generator=generator) * 2.4
     sign = torch.where(torch.rand(n, generator=generator) < positive, 1.0, -1.0)
-    collision = 0.1 * torch.randn(n, generator=generator)
-    gap = torch.randn(n, generator=generator)
-    return {"logprobs": logprobs, "entropy": entropy, "advantages": advantages * sign, "collision": collision,
-            "gap": gap}
+    return {
+        "logprobs": logprobs,
+        "entropy": entropy,
+        "advantages": advantages * sign,
+        "entropy_baseline": 0.1 * torch.randn(n, generator=generator),
+        "alpha_minus_beta": torch.randn(n, generator=generator),
+    }
+
+
+def select(strategy, step, fraction=0.05, seed=0):
+    return select_tokens(strategy, fraction=fraction, seed=seed, **step)
 
 
 def test_redistribution_score_by_hand():
     probs = torch.tensor([[0.5], [0.9], [1.0]])
     advantages = torch.tensor([2.0, -2.0, 0.0])
     expected = torch.tensor([[0.5, 0, 0], [0.18, 0, 0], [0, 0, 0]])
-    torch.testing.assert_close(scope.redistribution_score(probs, advantages), expected)
+    assert_close(redistribution_score(probs, advantages), expected)
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.01, 0.05, 0.2, 0.5])
 def test_scope_takes_the_largest_scores(fraction):
-    """Against a sorted list; realised q is exactly round(q N) as long as enough tokens have s > 0."""
+    """Against a sorted list: exactly round(q N) tokens, as long as enough of them have s > 0."""
     step = step_of_tokens()
-    selected = scope.select_tokens("scope", fraction=fraction, seed=0, **step)
-    scores = [math.exp(lp) * (1 - math.exp(lp)) * max(a, 0)
-              for lp, a in zip(step["logprobs"].tolist(), step["advantages"].tolist())]
+    scores = []
+    for logp, advantage in zip(step["logprobs"].tolist(), step["advantages"].tolist()):
+        scores.append(math.exp(logp) * (1 - math.exp(logp)) * max(advantage, 0))
     ranked = sorted(range(2000), key=lambda i: -scores[i])
-    budget = min(round(fraction * 2000), sum(s > 0 for s in scores))
-    assert set(selected.nonzero().flatten().tolist()) == set(ranked[:budget])
+    count = min(round(fraction * 2000), sum(s > 0 for s in scores))
+    selected = select("scope", step, fraction)
+    assert set(selected.nonzero().flatten().tolist()) == set(ranked[:count])
 
 
 def test_realised_fraction():
-    selected = scope.select_tokens("scope", fraction=0.05, seed=0, **step_of_tokens(n=12345))
+    selected = select("scope", step_of_tokens(n=12345))
     assert abs(selected.sum().item() - 0.05 * 12345) <= 1
 
 
-def test_fewer_candidates_than_budget_are_all_taken():
+def test_fewer_candidates_than_asked_for_are_all_taken():
     step = step_of_tokens(positive=0.02)
     positive = step["advantages"] > 0
     assert 0 < positive.sum() < 100
-    assert (scope.select_tokens("scope", fraction=0.05, seed=0, **step) == positive).all()
+    assert (select("scope", step) == positive).all()
 
 
 def test_all_wrong_selects_nothing():
     """The quantile of all-zero scores is 0, and `s >= 0` would select every token."""
-    step = step_of_tokens() | {"advantages": torch.zeros(2000)}
-    assert not scope.select_tokens("scope", fraction=0.05, seed=0, **step).any()
+    assert not select("scope", step_of_tokens() | {"advantages": torch.zeros(2000)}).any()
 
 
 def test_ties_break_at_random_by_seed():
-    step = {"logprobs": torch.full((1000,), math.log(0.5)), "entropy": torch.ones(1000),
-            "advantages": torch.ones(1000)}
-    masks = [scope.select_tokens("scope", fraction=0.1, seed=seed, **step) for seed in range(40)]
-    assert all(mask.sum() == 100 for mask in masks)
-    counts = torch.stack(masks).float().sum(dim=0)
+    half = torch.full((1000,), math.log(0.5))
+    step = {"logprobs": half, "entropy": torch.ones(1000), "advantages": torch.ones(1000)}
+    masks = torch.stack([select("scope", step, 0.1, seed) for seed in range(40)])
+    assert (masks.sum(dim=1) == 100).all()
     assert (masks[0] != masks[1]).any()
-    assert counts.max() < 16  # 40 draws at 10 %: P(>= 16) < 1e-6 a token; always the same tokens would give 40
+    # 40 draws at 10 %: P(>= 16) < 1e-6 a token; always the same tokens would give 40
+    assert masks.sum(dim=0).max() < 16
 
 
-def test_same_arguments_same_mask():
-    for strategy in scope.STRATEGIES:
-        first, second = (scope.select_tokens(strategy, fraction=0.05, seed=3, **step_of_tokens()) for _ in range(2))
-        assert (first == second).all()
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_same_arguments_same_selection(strategy):
+    first = select(strategy, step_of_tokens(), seed=3)
+    assert (select(strategy, step_of_tokens(), seed=3) == first).all()
 
 
-def test_anchors():
+def test_none_all_and_uniform():
     step = step_of_tokens()
-    assert not scope.select_tokens("none", fraction=0.05, seed=0, **step).any()
-    assert scope.select_tokens("all", fraction=0.05, seed=0, **step).all()
-    uniform = scope.select_tokens("uniform", fraction=0.05, seed=0, **step)
+    assert not select("none", step).any()
+    assert select("all", step).all()
+    uniform = select("uniform", step)
     assert uniform.sum() == 100
-    assert (uniform != scope.select_tokens("uniform", fraction=0.05, seed=1, **step)).any()
+    assert (uniform != select("uniform", step, seed=1)).any()
 
 
 def test_uniform_penalty_is_the_all_token_penalty_in_expectation():
     divergence = torch.rand(2000, generator=torch.Generator().manual_seed(9)) ** 3
     step = step_of_tokens()
-    means = torch.stack([
-        divergence[scope.select_tokens("uniform", fraction=0.05, seed=seed, **step)].mean() for seed in range(400)
-    ])
+    means = torch.stack(
+        [divergence[select("uniform", step, seed=seed)].mean() for seed in range(400)]
+    )
     error = means.std() / 400**0.5
     assert abs(means.mean() - divergence.mean()) < 4 * error
 
 
-@pytest.mark.parametrize("bad", [{"fraction": 1.5}, {"strategy": "best"}, {"logprobs": torch.zeros(3)},
-                                 {"strategy": "entropy_change", "collision": None}, {"forking_fraction": 1.0}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"fraction": 1.5},
+        {"strategy": "best"},
+        {"logprobs": torch.zeros(3)},
+        {"strategy": "entropy_change", "entropy_baseline": None},
+        {"strategy": "residual", "alpha_minus_beta": None},
+        {"forking_fraction": 1.0},
+    ],
+)
 def test_selection_refuses(bad):
-    arguments = {"strategy": "scope", "fraction": 0.05, "seed": 0, **step_of_tokens(n=4)} | bad
+    arguments = {"strategy": "scope", "fraction": 0.05, "seed": 0} | step_of_tokens(n=4) | bad
     with pytest.raises(ValueError):
-        scope.select_tokens(arguments.pop("strategy"), **arguments)
+        select_tokens(arguments.pop("strategy"), **arguments)
+
+
+# ---------------------------------------------------------------- the KL
+
+
+def slow_softmax(logits):
+    weights = [math.exp(z - max(logits)) for z in logits]
+    return [w / sum(weights) for w in weights]
 
 
 def slow_kl(z, z_ref):
-    p, q = ([math.exp(x - max(row)) for x in row] for row in (z, z_ref))
-    p, q = [x / sum(p) for x in p], [x / sum(q) for x in q]
-    return sum(a * math.log(a / b) for a, b in zip(p, q))
+    return sum(p * math.log(p / q) for p, q in zip(slow_softmax(z), slow_softmax(z_ref)))
 
 
 def test_kl_value_and_gradient():
-    """Value against loops; gradient against central differences and pi(v) (log pi(v)/pi_ref(v) - D)."""
+    """Value against loops; gradient against central differences and pi(v) (log pi(v)/pi_ref(v) -
+    D).
+    """
     generator = torch.Generator().manual_seed(1)
     logits = 3 * torch.randn(6, 8, generator=generator, dtype=torch.float64)
     reference = 3 * torch.randn(6, 8, generator=generator, dtype=torch.float64)
     logits.requires_grad_()
     reference.requires_grad_()
-    divergence = scope.kl_divergence(logits, reference)
+    divergence = kl_divergence(logits, reference)
     divergence.sum().backward()
     assert reference.grad is None  # the reference is data
     p = torch.softmax(logits.detach(), dim=-1)
     log_ratio = torch.log_softmax(logits.detach(), -1) - torch.log_softmax(reference.detach(), -1)
-    torch.testing.assert_close(logits.grad, p * (log_ratio - divergence.detach()[:, None]), rtol=1e-10, atol=1e-13)
+    expected = p * (log_ratio - divergence.detach()[:, None])
+    assert_close(logits.grad, expected, rtol=1e-10, atol=1e-13)
+    h = 1e-5
     for i in range(6):
-        z, z_ref = logits[i].tolist(), reference[i].tolist()
+        z = logits[i].tolist()
+        z_ref = reference[i].tolist()
         assert divergence[i].item() == pytest.approx(slow_kl(z, z_ref), rel=1e-12)
         for v in range(8):
-            h = 1e-5
-            up, down = ([*z[:v], z[v] + sign * h, *z[v + 1 :]] for sign in (1, -1))
-            slope = (slow_kl(up, z_ref) - slow_kl(down, z_ref)) / (2 * h)
-            assert logits.grad[i, v].item() == pytest.approx(slope, rel=1e-6, abs=1e-9)
+            up = slow_kl([*z[:v], z[v] + h, *z[v + 1 :]], z_ref)
+            down = slow_kl([*z[:v], z[v] - h, *z[v + 1 :]], z_ref)
+            assert logits.grad[i, v].item() == pytest.approx(
+                (up - down) / (2 * h), rel=1e-6, abs=1e-9
+            )
+
+
+def random_logits(*shape, seed):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def test_kl_at_a_temperature_is_that_of_the_divided_logits():
-    logits, reference = (torch.randn(4, 9, generator=torch.Generator().manual_seed(s)) for s in (1, 2))
-    expected = scope.kl_divergence(logits / 0.7, reference / 0.7)
-    torch.testing.assert_close(scope.kl_divergence(logits, reference, temperature=0.7), expected)
+    logits = random_logits(4, 9, seed=1)
+    reference = random_logits(4, 9, seed=2)
+    expected = kl_divergence(logits / 0.7, reference / 0.7)
+    assert_close(kl_divergence(logits, reference, temperature=0.7), expected)
 
 
 def test_kl_of_equals_is_zero_without_gradient():
     logits = torch.randn(5, 7, requires_grad=True)
-    divergence = scope.kl_divergence(logits, logits.detach().clone())
+    divergence = kl_divergence(logits, logits.detach().clone())
     divergence.sum().backward()
-    assert (divergence == 0).all() and logits.grad.abs().max() < 1e-6  # rounding of softmax's own sum
+    assert (divergence == 0).all()
+    assert logits.grad.abs().max() < 1e-6  # the rounding of softmax's own sum
 
 
 def test_kl_of_bf16_logits_is_taken_in_fp32():
-    logits, reference = (torch.randn(32, 500, generator=torch.Generator().manual_seed(s)).bfloat16() for s in (1, 2))
-    exact = scope.kl_divergence(logits.double(), reference.double())
-    torch.testing.assert_close(scope.kl_divergence(logits, reference).double(), exact, rtol=1e-4, atol=1e-5)
+    logits = random_logits(32, 500, seed=1).bfloat16()
+    reference = random_logits(32, 500, seed=2).bfloat16()
+    exact = kl_divergence(logits.double(), reference.double())
+    assert_close(kl_divergence(logits, reference).double(), exact, rtol=1e-4, atol=1e-5)

@@ -1,9 +1,7 @@
-"""The run: schedule, metrics, kill and resume, and the real command on one rank and on two."""
+"""Tests of train.py as a run: schedule, metrics, kill and resume, and the command on four ranks."""
 
-import importlib.util
 import json
 import math
-import os
 import shutil
 import socket
 import subprocess
@@ -15,61 +13,67 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import ROOT, SMALL, config_of, metrics_of
+from helpers import ALONE, ROOT, SMALL, config_of, metrics_of
 from transformers import AutoModelForCausalLM
 
-import benchmark
 import grpo
-import rollout
-import step as steps
 import train
-from support import config as configs
-from support import models, runs
-from support.files import replace_folder
+from evaluate import EVALUATION_STEP, Evaluation
+from rollout import Rollout
+from support import models
+from support.config import UserError, flatten, one_line_errors
+from support.files import lock
+from support.log import run_name
 
 
 def test_learning_rate():
-    def rates(*words, steps=10):
-        config = config_of("optimizer.lr=2", f"steps={steps}", *words)
+    def rates(*arguments, steps=10):
+        config = config_of("optimizer.lr=2", f"steps={steps}", *arguments)
         return [train.learning_rate(step, config) for step in range(steps)]
 
     constant = rates("optimizer.schedule=constant", "optimizer.warmup=0.4")
     assert constant == pytest.approx([0.4, 0.8, 1.2, 1.6] + [2.0] * 6)
-    assert rates("optimizer.warmup=0.0") == pytest.approx([1 + math.cos(math.pi * s / 10) for s in range(10)])
-    assert rates("optimizer.warmup=1.0", steps=1)[0] > 0
+    cosine = [1 + math.cos(math.pi * step / 10) for step in range(10)]
+    assert rates("optimizer.warmup=0") == pytest.approx(cosine)
+    assert rates("optimizer.warmup=1", steps=1)[0] > 0
 
 
 def test_metrics_by_hand():
-    rewards = torch.tensor([1.0, 0, 0, 0])
-    advantages = grpo.group_advantages(rewards, 2)
     mask = torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 1], [1, 1, 0]]).bool()
-    record = torch.where(mask, torch.arange(12.0).view(4, 3), 0.0)
-    sampled = rollout.Rollout([[2]] * 4, mask.long(), mask, torch.tensor([True, True, False, True]), record, record,
-                              record, record)
-    metrics = train.rollout_metrics(sampled, rewards, rewards > 0, advantages, group_size=2)
-    assert metrics["reward/mean"] == metrics["reward/accuracy"] == 0.25 and metrics["group/frac_zero_std"] == 0.5
-    assert metrics["length/mean"] == 2 and metrics["length/frac_truncated"] == 0.25
-    assert metrics["tokens"] == 8 and metrics["entropy"] == (0 + 1 + 3 + 6 + 7 + 8 + 9 + 10) / 8
-    assert metrics["advantage/min"] == -metrics["advantage/max"] == pytest.approx(-0.7070, abs=1e-3)
+    values = torch.where(mask, torch.arange(12.0).view(4, 3), 0.0)
+    stopped = torch.tensor([True, True, False, True])
+    rollout = Rollout([[2]] * 4, mask.long(), mask, stopped, values, values, values, values)
+    rollout.rewards = torch.tensor([1.0, 0, 0, 0])
+    rollout.correct = rollout.rewards > 0
+    rollout.advantages = grpo.group_advantages(rollout.rewards, 2)
+    config = config_of("group_size=2", "selection.fraction=0.5")
+    metrics = train.rollout_metrics(rollout, config, ALONE)
+    assert metrics["reward/mean"] == metrics["reward/accuracy"] == 0.25
+    assert metrics["group/frac_zero_std"] == 0.5
+    assert metrics["length/mean"] == 2
+    assert metrics["length/frac_truncated"] == 0.25
+    assert metrics["tokens"] == 8
+    assert metrics["entropy"] == (0 + 1 + 3 + 6 + 7 + 8 + 9 + 10) / 8
+    assert metrics["advantage/max"] == pytest.approx(0.7070, abs=1e-3)
+    assert metrics["advantage/min"] == pytest.approx(-0.7070, abs=1e-3)
 
     tokens = {
-        "logprobs": torch.log(torch.full((8,), 0.25)), "entropy": torch.arange(8.0),
-        "advantages": advantages.repeat_interleave(torch.tensor([2, 1, 3, 2])),
-        "selected": torch.tensor([True, False, True, False, False, False, False, False]),
-        "marked": torch.zeros(8, dtype=torch.bool),
+        "logprobs": torch.log(torch.full((8,), 0.25)),
+        "entropy": torch.arange(8.0),
+        "advantages": rollout.advantages.repeat_interleave(rollout.lengths),
     }
-    metrics = train.selection_metrics(tokens, config_of("selection.fraction=0.5"))
-    assert metrics["selection/fraction"] == 0.25 and metrics["selection/candidates"] == 0.25
-    assert metrics["selection/shortfall"] == 2 and metrics["objective/fraction"] == 0
-    assert metrics["selection/p"] == pytest.approx(0.25) and metrics["selection/entropy"] == 1
-    assert metrics["selection/negative"] == 0.5 and metrics["selection/advantage"] == pytest.approx(0, abs=1e-6)
+    selected = torch.tensor([1, 0, 1, 0, 0, 0, 0, 0]).bool()
+    metrics = train.selection_metrics(tokens, selected, torch.zeros(8).bool(), config)
+    assert metrics["selection/fraction"] == metrics["selection/candidates"] == 0.25
+    assert metrics["selection/shortfall"] == 2
+    assert metrics["objective/fraction"] == 0
+    assert metrics["selection/p"] == pytest.approx(0.25)
+    assert metrics["selection/entropy"] == 1
+    assert metrics["selection/negative"] == 0.5
+    assert metrics["selection/advantage"] == pytest.approx(0, abs=1e-6)
 
 
-# ---------------------------------------------------------------- whole runs, on a toy of a few weights
-
-REAL = [*SMALL, "steps=2", "prompts_per_step=8", "toy.updates=30", "reward=trajectory_likelihood",
-        "grpo.updates_per_rollout=2", "optimizer.lr=0.001",
-        "evaluation.every=1", "evaluation.samples_between=1"]  # 3 completions: the first of 4 ranks has none
+# ---------------------------------------------------------------- whole runs of a tiny toy model
 
 
 def read(file):
@@ -80,261 +84,388 @@ def weights_of(name):
     return AutoModelForCausalLM.from_pretrained(Path("runs") / name / "model").state_dict()
 
 
+def fail_in_step(patch, step):
+    """Let the training loop fail at the start of this step."""
+    draw_problems = train.draw_problems
+
+    def draw(problems, number, *arguments):
+        if number + 1 == step:
+            raise ZeroDivisionError
+        return draw_problems(problems, number, *arguments)
+
+    patch.setattr(train, "draw_problems", draw)
+
+
 @pytest.mark.parametrize("killed_in", ["the loop", "the save"])
-def test_killed_and_resumed_is_the_unbroken_run(in_tmp, monkeypatch, capsys, killed_in):
-    train.main(configs.training_keys([*SMALL, "name=whole"]))
-    rows = metrics_of("whole")
-    assert [row["step"] for row in rows] == [0, 1, 2, 2, 3, 4, 4] and any(row.get("kl/selected", 0) > 0 for row in rows)
+def test_killed_and_resumed_is_the_unbroken_run(in_tmp, monkeypatch, killed_in):
+    """A run that is killed in step 4 continues from the checkpoint of step 2, bit for bit."""
+    train.main([*SMALL, "name=complete"])
+    rows = metrics_of("complete")
+    assert [row["step"] for row in rows] == [0, 1, 2, 2, 3, 4, 4]
+    assert any(row.get("kl/selected", 0) > 0 for row in rows)
 
-    with monkeypatch.context() as patch:
-        if killed_in == "the loop":  # in step 4, after two steps were saved and three logged
-            problems = steps.step_problems
-            patch.setattr(steps, "step_problems",
-                          lambda all, step, **kw: problems(all, step, **kw) if step < 3 else 1 / 0)
-        else:  # before the last save takes effect
-            rename = Path.rename
-            patch.setattr(Path, "rename",
-                          lambda path, target: 1 / 0 if path.name == "step-000004.tmp" else rename(path, target))
-        with pytest.raises(ZeroDivisionError):
-            train.main(configs.training_keys([*SMALL, "name=broken"]))
+    rename = Path.rename
+
+    def killed_rename(path, target):
+        if path.name == "step-000004.tmp":
+            raise ZeroDivisionError
+        return rename(path, target)
+
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        if killed_in == "the loop":
+            fail_in_step(patch, 4)
+        else:
+            patch.setattr(Path, "rename", killed_rename)
+        train.main([*SMALL, "name=broken"])
     assert not (in_tmp / "runs" / "broken" / "model").exists()
-    logged, problem_sets = metrics_of("broken"), train.data.problem_sets
-    with monkeypatch.context() as patch, pytest.raises(configs.UserError, match="began, the training problems changed"):
-        patch.setattr(train.data, "problem_sets",
-                      lambda config: (problem_sets(config)[0][::-1], *problem_sets(config)[1:]))
-        train.main(configs.training_keys([*SMALL, "name=broken", "resume=true"]))
-    assert metrics_of("broken") == logged
-    shutil.rmtree("runs/base-evaluations")
-    os.truncate("runs/broken/base_evaluation/auto.npz", 100)  # drawn again, of the base model
-    capsys.readouterr()
-    train.main(configs.training_keys([*SMALL, "name=broken", "resume=true"]))
-    assert "auto.npz is damaged: made again" in capsys.readouterr().err
-    assert metrics_of("broken") == rows
+    logged = metrics_of("broken")
+    load_problems = train.data.load_problems
+
+    def reversed_problems(config):
+        problems, heldout = load_problems(config)
+        return problems[::-1], heldout
+
     with monkeypatch.context() as patch:
-        patch.setattr(steps, "set_up", None)
-        train.main(configs.training_keys(["name=broken", "resume=true"]))  # nothing left to do
+        patch.setattr(train.data, "load_problems", reversed_problems)
+        with pytest.raises(UserError, match="the training problems changed since the run"):
+            train.main(["name=broken", "resume=true"])
+    assert metrics_of("broken") == logged
+    shutil.rmtree("runs/base-evaluations")  # the base model is evaluated again
+    train.main(["name=broken", "resume=true"])
     assert metrics_of("broken") == rows
-    for name, weight in weights_of("whole").items():
+    for file in ("samples.jsonl", "evaluation.json"):
+        texts = [Path("runs", name, file).read_text() for name in ("complete", "broken")]
+        assert texts[0] == texts[1]
+    for name, weight in weights_of("complete").items():
         assert torch.equal(weight, weights_of("broken")[name])
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "set_up", None)
+        train.main(["name=broken", "resume=true"])  # it is finished: nothing is left to do
+    assert metrics_of("broken") == rows
 
 
-def test_a_run_goes_on_by_its_name_and_may_take_more_steps(in_tmp):
-    """Its own settings are taken; of other words all are named; under a constant rate steps= may be raised."""
-    words = [*SMALL, "optimizer.schedule=constant", "optimizer.warmup=0.5", "evaluation.every=0"]
-    train.main(configs.training_keys([*words, "name=longer", "steps=2"]))
-    with pytest.raises(configs.UserError, match="optimizer.lr=0.01, not 0.5, seed=0, not 1; leave"):
-        train.main(configs.training_keys(["name=longer", "resume=true", "seed=1", "optimizer.lr=0.5"]))
-    train.main(configs.training_keys(["name=longer", "resume=true", "steps=4"]))
-    train.main(configs.training_keys([*words, "name=whole", "steps=4", "optimizer.warmup=0.25"]))
-    longer, whole = ([row for row in metrics_of(name) if "loss" in row] for name in ("longer", "whole"))
-    assert longer == whole and len(whole) == 4
-    with pytest.raises(configs.UserError, match="steps=4, not 3"):
-        train.main(configs.training_keys(["name=longer", "resume=true", "steps=3"]))
-    train.main(configs.training_keys([*SMALL, "name=cosine", "steps=2"]))
-    with pytest.raises(configs.UserError, match="more steps need optimizer.schedule=constant"):
-        train.main(configs.training_keys(["name=cosine", "resume=true", "steps=3"]))
+def test_a_run_resumes_by_its_name_with_its_settings(in_tmp, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        fail_in_step(patch, 3)
+        train.main([*SMALL, "name=run"])
+    with pytest.raises(UserError, match="seed=0, not 1, .*optimizer.lr=0.01, not 0.5: leave"):
+        train.main(["name=run", "resume=true", "seed=1", "optimizer.lr=0.5"])
+    with pytest.raises(UserError, match="runs/run already holds a run: give another name="):
+        train.main([*SMALL, "name=run"])
+    with pytest.raises(UserError, match="runs/other holds no run"):
+        train.main([*SMALL, "name=other", "resume=true"])
+    with lock(Path("runs/run/lock")), pytest.raises(UserError, match="runs/run is in use by proc"):
+        train.main(["name=run", "resume=true"])
+    train.main(["name=run", "resume=true", "keep=1", "micro_batch_size=3"])
+    assert [path.name for path in Path("runs/run/checkpoints").iterdir()] == ["step-000004"]
 
 
-@pytest.mark.parametrize("words, name", [
-    ([], "countdown-scope-seed0"), (["selection.strategy=none", "seed=3"], "countdown-none-seed3"),
-    (["optimizer.lr=3e-5", "steps=50", "log_every=1"], "countdown-scope-seed0-steps50-lr3e-05"),
-    (["grpo.kl_coef=0.1"], "countdown-scope-seed0-grpo.kl_coef0.1"), (["toy.lr=1"], "countdown-scope-seed0-toy.lr1"),
-    (["recipe=mine.yaml", "data=a/b.jsonl", "steps=9"], "m-a-b-token_entropy-scope-seed0-steps9"),
-    (["prompt.countdown={numbers} {target}" + 60 * "x"], "countdown-scope-seed0-countdown_numbers_target_" + "x" * 43)])
-def test_runs_are_named_by_what_differs(tmp_path, monkeypatch, words, name):
+def test_resume_before_the_first_checkpoint(in_tmp, monkeypatch):
+    """resume=auto starts where there is no checkpoint, and resume=true says that there is none."""
+    arguments = [*SMALL, "name=early", "steps=1", "resume=auto"]
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        fail_in_step(patch, 1)
+        train.main(arguments)
+    with pytest.raises(UserError, match="runs/early has no checkpoint yet"):
+        train.main([*SMALL, "name=early", "steps=1", "resume=true"])
+    train.main(arguments)
+    assert [row["step"] for row in metrics_of("early")] == [0, 1, 1]
+    assert yaml.safe_load(Path("runs/early/config.yaml").read_text())["resume"] is False
+
+
+@pytest.mark.parametrize(
+    "arguments, name",
+    [
+        ([], "countdown-scope-seed0"),
+        (["selection.strategy=none", "seed=3"], "countdown-none-seed3"),
+        (
+            ["optimizer.lr=3e-5", "steps=50", "log_every=1"],
+            "countdown-scope-seed0-steps50-optimizer.lr3e-05",
+        ),
+        (
+            ["recipe=mine.yaml", "data=a/b.jsonl", "steps=9"],
+            "m-a-b-token_entropy-scope-seed0-steps9",
+        ),
+        (
+            ["prompt.countdown={numbers} {target}" + 60 * "x"],
+            "countdown-scope-seed0-prompt.countdown_",
+        ),
+    ],
+)
+def test_runs_are_named_by_what_differs(tmp_path, monkeypatch, arguments, name):
     monkeypatch.chdir(tmp_path)
     Path("mine.yaml").write_text("model: m\nreward: token_entropy\nmax_new_tokens: 7\n")
-    known = configs.read_defaults()
-    found = runs.auto_name(configs.override(known | configs.recipe_keys(words, known), words))
-    assert found == name or name.endswith("x") and found.startswith(name + "-") and len(found) <= 100
+    auto_name = run_name(config_of(*arguments))
+    assert auto_name == name or (name.endswith("_") and auto_name.startswith(name))
+    assert len(auto_name) <= 100
 
 
 def test_the_schedule_the_samples_and_the_base_reach_the_run(in_tmp, monkeypatch):
-    """Each update takes the rate of its step; evaluations in between are smaller; the table compares with the base."""
-    rates, sizes, seeds, update, evaluate, select = [], [], [], steps.update, train.evaluate.evaluate, steps.select
+    """Each update has the rate of its step; the table compares with the base model."""
+    rates = []
+    sizes = []
+    seeds = []
+    update, evaluate, select = train.update, train.evaluate, train.select
 
-    def spy(loss, optimizer, *arguments, **named):
-        rates.append(optimizer.param_groups[0]["lr"])
-        return update(loss, optimizer, *arguments, **named)
+    def spy_update(run, rollout, *, on_policy):
+        rates.append(run.optimizer.param_groups[0]["lr"])
+        return update(run, rollout, on_policy=on_policy)
 
-    def count(*arguments, samples, title):
+    def spy_evaluate(*positional, samples, **named):
         sizes.append(samples)
-        return evaluate(*arguments, samples=samples, title=title)
+        return evaluate(*positional, samples=samples, **named)
 
-    monkeypatch.setattr(steps, "update", spy)
-    monkeypatch.setattr(train.evaluate, "evaluate", count)
-    monkeypatch.setattr(steps, "select", lambda *arguments: seeds.append(arguments[-1]) or select(*arguments))
-    train.main(configs.training_keys([*SMALL, "name=spied", "log_every=3"]))
-    assert [row["step"] for row in read(Path("runs/spied/samples.jsonl"))] == [1, 1, 3, 3]
+    def spy_select(current, rollout, config, world, seed):
+        seeds.append(seed)
+        return select(current, rollout, config, world, seed)
+
+    monkeypatch.setattr(train, "update", spy_update)
+    monkeypatch.setattr(train, "evaluate", spy_evaluate)
+    monkeypatch.setattr(train, "select", spy_select)
+    train.main([*SMALL, "name=spied", "log_every=3"])
+    assert [row["step"] for row in read("runs/spied/samples.jsonl")] == [1, 1, 3, 3]
     config = config_of(*SMALL)
-    assert rates == [train.learning_rate(step, config) for step in range(4)] and len(set(rates)) == 4
-    assert sizes == [4, 2, 4]  # before, in between, after
+    assert rates == [train.learning_rate(step, config) for step in range(4)]
+    assert len(set(rates)) == 4
+    assert sizes == [2, 4]  # in between and after; evaluate_once does the one before
     table = json.loads(Path("runs/spied/evaluation.json").read_text())["auto"]
-    assert table["base"]["d_collapse"][0] == pytest.approx(0, abs=1e-9) and table["base"] != table["trained"]
-    train.main(configs.training_keys([*SMALL, "name=other", "seed=7", "steps=3"]))
-    assert len(set(seeds)) == 7 and sizes[3:] == [2, 4]  # random selections follow the seed; the base's is shared
-    assert train.evaluate.completions.STEP < 0  # no step of training, so none of its draws
-    base = train.evaluate.Evaluation.load("runs/spied/base_evaluation/auto.npz")
+    assert table["base"]["d_collapse"][0] == pytest.approx(0, abs=1e-9)
+    assert table["base"] != table["trained"]
+    (stored,) = Path("runs/base-evaluations").glob("*.npz")
+    base = Evaluation.load(stored)
     assert table["base"]["entropy"][0] == pytest.approx(base.entropy.mean(), rel=1e-5)
+    train.main([*SMALL, "name=other", "seed=7", "steps=3"])
+    assert len(set(seeds)) == 7  # random selections follow the seed
+    assert len(list(Path("runs/base-evaluations").iterdir())) == 1  # all seeds share it
+    assert EVALUATION_STEP < 0  # no training step, so that no random number is used twice
 
 
-def test_resume_before_the_first_save_starts_anew(in_tmp, monkeypatch):
-    """And resume=auto starts where there is no run, and goes on where there is one."""
-    with monkeypatch.context() as patch:
-        patch.setattr(train.evaluate, "evaluate", lambda *args, **kw: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            train.main(configs.training_keys([*SMALL, "name=early", "steps=1", "resume=auto"]))
-    train.main(configs.training_keys([*SMALL, "name=early", "steps=1", "resume=auto"]))
-    assert [row["step"] for row in metrics_of("early")] == [0, 1, 1]
-    assert configs.read_stored(Path("runs/early/config.yaml"))["resume"] is False
+def test_metrics_go_to_wandb_and_continue_under_one_id(in_tmp, monkeypatch):
+    """A stand-in for the library sees the steps of the killed and of the resumed run."""
+    logged = []
+    starts = []
+
+    def init(**arguments):
+        starts.append(arguments)
+        return SimpleNamespace(log=lambda row, step: logged.append((step, row)))
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, __spec__="found"))
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        fail_in_step(patch, 4)
+        train.main([*SMALL, "name=tracked", "wandb=project"])
+    train.main(["name=tracked", "resume=true"])
+    assert starts[0]["id"] == starts[1]["id"]
+    assert starts[0]["project"] == "project"
+    assert [step for step, row in logged if "loss" in row] == [1, 2, 3, 3, 4]
+    assert [step for step, row in logged if "eval/pass@1" in row] == [0, 2, 4]
 
 
-def test_metrics_and_samples_go_to_trackers_and_on_under_one_id(in_tmp, monkeypatch):
-    """Stand-ins for the two libraries; a resumed run has the id of the killed one, and purges what it does again."""
-    seen, writers = [], []
-
-    class Tracked:
-        def log(self, row, step):
-            seen.append((step, set(row)))
-
-        def finish(self):
-            seen.append("finished")
-
-    def init(**words):
-        seen.append(words)
-        return Tracked()
-
-    class SummaryWriter:
-        def __init__(self, folder, purge_step):
-            writers.append((folder, purge_step, []))
-
-        def add_scalar(self, key, value, step):
-            writers[-1][2].append((key, step))
-
-        def add_text(self, key, text, step):
-            writers[-1][2].append((key, step))
-
-        def close(self):
-            writers[-1][2].append("closed")
-
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Table=lambda columns, data: (columns, data)))
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    words = [*SMALL, "name=tracked", "log.wandb=project", "log.tensorboard=true"]
-    problems = steps.step_problems
-    with monkeypatch.context() as patch:
-        patch.setattr(steps, "step_problems", lambda all, step, **kw: problems(all, step, **kw) if step < 3 else 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            train.main(configs.training_keys(words))
-    train.main(configs.training_keys([*words, "resume=true"]))
-    begun = [entry for entry in seen if isinstance(entry, dict)]
-    assert begun[0]["id"] == begun[1]["id"] and begun[0]["project"] == "project" and begun[1]["resume"] == "allow"
-    logged = [entry for entry in seen if isinstance(entry, tuple)]
-    assert {step for step, keys in logged if "loss" in keys} == {1, 2, 3, 4} and seen[-1] == "finished"
-    assert {step for step, keys in logged if "eval/pass@1" in keys} == {0, 2, 4} and (1, {"samples"}) in logged
-    (_, first, _), (folder, second, rows) = writers
-    assert (first, second) == (1, 3) and folder == "runs/tracked/tensorboard" and rows[-1] == "closed"
-    assert ("loss", 3) in rows and ("samples", 4) in rows and ("loss", 2) not in rows
+# ---------------------------------------------------------------- errors
 
 
-def test_context_too_short_is_told_and_nothing_written(in_tmp):
-    with pytest.raises(configs.UserError, match="max_new_tokens=250"):
-        train.main(configs.training_keys([*SMALL, "name=long", "max_new_tokens=250"]))
-    assert not (in_tmp / "runs" / "long").exists()
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["objective=ppo"], "objective=ppo: give one of grpo, "),
+        (["reward=fun"], "reward=fun: give one of accuracy, "),
+        (["selection.strategy=best"], "selection.strategy=best: give one of "),
+        (["grader=none"], "grader=none: give one of exact, math_verify"),
+        (["selection.kl_coef=0"], "selection.kl_coef=0"),
+        (["temperature=0"], "temperature=0"),
+        (
+            ["prompts_per_step=6", "updates_per_rollout=4"],
+            "prompts_per_step=6: give a multiple of 4",
+        ),
+        (["objective=div", "reward=token_entropy"], "it needs reward=accuracy"),
+        (["model=runs/no/model"], "there is no such folder"),
+        (["data=no.jsonl"], "no.jsonl cannot be read"),
+        (["max_new_tokens=250"], "max_new_tokens=250: .* fit the model's context of 256"),
+        (["wandb=project"], "pip install wandb"),
+    ],
+)
+def test_mistakes_are_named_and_no_run_begins(in_tmp, monkeypatch, arguments, words):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match=words) as caught:
+        train.main([*SMALL, "name=wrong", *arguments])
+    assert caught.value.exit_code == 2
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in in_tmp.glob("runs/wrong/*")] in ([], ["lock"])
 
 
-def test_replaced_folder_is_old_or_new(tmp_path):
-    folder = tmp_path / "f"
-    for content in ("old", "new"):
-        with replace_folder(folder) as fresh:
-            (fresh / "x").write_text(content)
-    assert (folder / "x").read_text() == "new"
-    with pytest.raises(ZeroDivisionError), replace_folder(folder) as fresh:
-        (fresh / "x").write_text("half")
-        raise ZeroDivisionError
-    assert (folder / "x").read_text() == "new"
+def test_the_command_ends_a_mistake_with_one_line_and_code_2(tmp_path):
+    process = subprocess.run(
+        [sys.executable, ROOT / "train.py", "stepz=3"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=170,
+    )
+    assert process.returncode == 2
+    assert process.stderr == "error: unknown key stepz: did you mean steps?\n"
+    assert process.stdout == ""
+    assert not list(tmp_path.iterdir())
+
+
+def test_out_of_memory_is_one_line_and_code_1(in_tmp, monkeypatch, capsys):
+    def out_of_memory(*arguments, **named):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(train, "update", out_of_memory)
+    with pytest.raises(SystemExit) as caught, one_line_errors():
+        train.main([*SMALL, "name=large"])
+    assert caught.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: out of memory: lower micro_batch_tokens")
+
+
+def test_the_dry_run_prints_the_run_and_writes_nothing(in_tmp, capsys):
+    train.main([*SMALL, "dry_run=true", "selection.fraction=0.25"])
+    printed = capsys.readouterr().out
+    for words in (
+        "selection.fraction=0.25",
+        "first prompt",
+        "4 problems x 4 = 16 completions",
+        "memory on each rank",
+    ):
+        assert words in printed
+    assert not list(in_tmp.iterdir())
+
+
+# ---------------------------------------------------------------- the real command
+
+# An evaluation in between has 3 completions, so that the first of 4 ranks has none.
+REAL = [
+    *SMALL,
+    "steps=2",
+    "prompts_per_step=8",
+    "toy.updates=30",
+    "reward=trajectory_likelihood",
+    "updates_per_rollout=2",
+    "optimizer.lr=0.001",
+    "evaluation.every=1",
+    "evaluation.samples_between=1",
+]
+
+
+def start(folder, *command):
+    return subprocess.Popen(
+        [sys.executable, *command],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def test_real_runs(tmp_path):
-    """The real command, by one process and by four ranks on two "nodes" of this machine. One test: runs take long."""
+    """One process, four ranks on two "nodes" of this machine, and one from what four have saved."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        meeting = f"--rdzv_endpoint=localhost:{free.getsockname()[1]}"
-    alone = [sys.executable, ROOT / "train.py"]
-    node = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=2", "--rdzv_backend=c10d",
-            meeting, ROOT / "train.py"]
-    for name, commands in {"alone": [alone], "ranks": [node, node],
-                           "ranks again": [[*alone, "resume=true"]]}.items():  # one process, from what four have saved
-        words = [*REAL, f"name={name.split()[0]}"]
-        if name == "ranks again":
-            (tmp_path / "runs" / "ranks" / "evaluation.json").unlink()  # or it would be finished
-        started = [subprocess.Popen([*command, *words], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                    text=True) for command in commands]
-        told = [process.communicate(timeout=170) for process in started]
-        assert [process.returncode for process in started] == [0] * len(started), told
-        (tmp_path / f"{name}.txt").write_text(told[0][0])
-    a_real_run_writes_everything(tmp_path)
-    four_ranks_train_like_one(tmp_path)
+        endpoint = f"--rdzv_endpoint=localhost:{free.getsockname()[1]}"
+    node = [
+        "-m",
+        "torch.distributed.run",
+        "--nnodes=2",
+        "--nproc_per_node=2",
+        "--rdzv_backend=c10d",
+        endpoint,
+        ROOT / "train.py",
+        *REAL,
+        "name=ranks",
+    ]
+    processes = [start(tmp_path, ROOT / "train.py", *REAL, "name=alone")]
+    printed, errors = processes[0].communicate(timeout=300)
+    assert processes[0].returncode == 0, errors
+    processes = [start(tmp_path, *node), start(tmp_path, *node)]
+    outputs = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    a_real_run_writes_everything(tmp_path / "runs" / "alone", printed)
+    four_ranks_train_like_one(tmp_path / "runs")
+    (tmp_path / "runs" / "ranks" / "evaluation.json").unlink()  # or the run would be finished
+    again = start(tmp_path, ROOT / "train.py", "name=ranks", "resume=true")
+    assert again.wait(timeout=300) == 0, again.communicate()
+    four_ranks_train_like_one(tmp_path / "runs")
 
 
-def a_real_run_writes_everything(real_runs):
-    folder = real_runs / "runs" / "alone"
+def a_real_run_writes_everything(folder, printed):
     assert {path.name for path in folder.iterdir()} == {
-        "config.yaml", "metrics.jsonl", "samples.jsonl", "evaluation.json", "base_evaluation", "checkpoints",
+        "config.yaml",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "evaluation.json",
+        "checkpoints",
         "model",
+        "lock",
     }
-    keys = configs.flatten(yaml.safe_load((folder / "config.yaml").read_text()))
-    assert keys == configs.override(configs.read_defaults(), [*REAL, "name=alone"])
+    settings = flatten(yaml.safe_load((folder / "config.yaml").read_text()))
+    assert settings == flatten(config_of(*REAL, "name=alone"))
     rows = read(folder / "metrics.jsonl")
-    assert [row["step"] for row in rows] == [0, 1, 1, 2, 2] and "eval/pass@1" in rows[2]
-    expected = {"reward/mean", "group/frac_zero_std", "length/mean", "length/frac_truncated", "entropy", "loss", "lr",
-                "grad_norm", "clip_frac", "tokens", "mem_gb", "selection/fraction", "selection/candidates",
-                "kl/selected", "logprob_drift", "kl_old", "reward/accuracy", "time/rollout", "time/select",
-                "time/update"}
-    assert expected <= rows[1].keys() and all(np.isfinite(value) for row in rows for value in row.values())
-    assert {"eval/acc@4", "eval/pass@1", "eval/pass@4", "eval/entropy", "eval/d_collapse"} <= rows[-1].keys()
+    assert [row["step"] for row in rows] == [0, 1, 1, 2, 2]
+    expected = {
+        "reward/mean",
+        "reward/accuracy",
+        "group/frac_zero_std",
+        "length/mean",
+        "entropy",
+        "tokens",
+        "length/frac_truncated",
+        "loss",
+        "lr",
+        "grad_norm",
+        "clip_frac",
+        "kl/selected",
+        "kl_old",
+        "selection/fraction",
+        "selection/candidates",
+        "logprob_drift",
+        "mem_gb",
+        "time/rollout",
+        "time/select",
+        "time/update",
+    }
+    assert expected <= rows[1].keys()
+    assert "eval/pass@1" in rows[2]
+    assert {"eval/acc@4", "eval/pass@4", "eval/entropy", "eval/d_collapse"} <= rows[-1].keys()
+    page = (ROOT / "docs" / "metrics.md").read_text()
+    for row in rows:
+        assert all(np.isfinite(value) for value in row.values())
+        for key in row.keys() - {"step"}:
+            assert key.startswith("eval/") or f"`{key}`" in page, key
     table = json.loads((folder / "evaluation.json").read_text())["auto"]
-    for row, who in ((rows[0], "base"), (rows[-1], "trained")):
-        assert [row["eval/pass@1"], row["eval/pass@1_stderr"]] == table[who]["pass@1"]
+    for row, model in ((rows[0], "base"), (rows[-1], "trained")):
+        assert [row["eval/pass@1"], row["eval/pass@1_stderr"]] == table[model]["pass@1"]
     samples = read(folder / "samples.jsonl")
     assert [sample["step"] for sample in samples] == [1, 1, 2, 2]
     assert samples[0].keys() == {"step", "prompt", "completion", "reward"}
     model, tokenizer = models.load(str(folder / "model"))
     assert models.stop_ids(model, tokenizer) == [tokenizer.eos_token_id]
-    page = (ROOT / "docs" / "metrics.md").read_text()
-    for key in {key for row in rows for key in row if not key.startswith("eval/")} - {"step"}:
-        assert f"`{key}`" in page, key
-    printed = (real_runs / "alone.txt").read_text()
-    for word in ("first prompt", "stop ids", "reward", "trained", "pass@4", "d_collapse", "written to runs/alone"):
-        assert word in printed
+    assert "pass@4" in (folder / "model" / "README.md").read_text()
+    for words in (
+        "first prompt",
+        "stop ids",
+        "reward",
+        "trained",
+        "pass@4",
+        "d_collapse",
+        "written to runs/alone",
+    ):
+        assert words in printed
 
 
-def four_ranks_train_like_one(real_runs):
-    """The same draws, selection and losses, step for step, whatever the number of ranks; and the same weights."""
-    alone, ranks = (read(real_runs / "runs" / name / "metrics.jsonl") for name in ("alone", "ranks"))
-    for one, other in zip(alone, ranks, strict=True):
-        for key in [key for key in one if not key.startswith("time/") and key != "mem_gb"]:
-            assert one[key] == pytest.approx(other[key], rel=1e-4, abs=1e-5), key
-    taken = [row for row in alone if "loss" in row]
-    assert all(row["grad_norm"] > 1e-3 and row["kl_old"] > 0 for row in taken) and taken[1]["kl/selected"] > 0
-    (base,) = (real_runs / "runs").glob("toy-base-*")
-    folders = base, real_runs / "runs" / "alone" / "model", real_runs / "runs" / "ranks" / "model"
-    before, one, other = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in folders)
+def four_ranks_train_like_one(runs):
+    """Draws, selection, losses and weights are the same for any number of ranks."""
+    alone = read(runs / "alone" / "metrics.jsonl")
+    ranks = read(runs / "ranks" / "metrics.jsonl")
+    for row, other in zip(alone, ranks, strict=True):
+        for key, value in row.items():
+            if not key.startswith("time/") and key != "mem_gb":
+                assert value == pytest.approx(other[key], rel=1e-4, abs=1e-5), key
+    steps = [row for row in alone if "loss" in row]
+    assert all(row["grad_norm"] > 1e-3 and row["kl_old"] > 0 for row in steps)
+    assert steps[1]["kl/selected"] > 0
+    (base,) = runs.glob("toy-base-*/")
+    folders = (base, runs / "alone" / "model", runs / "ranks" / "model")
+    before, one, four = (AutoModelForCausalLM.from_pretrained(f).state_dict() for f in folders)
     for name in one:
-        torch.testing.assert_close(one[name], other[name], rtol=1e-5, atol=1e-6)
-        assert (one[name] - before[name]).abs().max() > 1e-3  # and they did move
-
-
-def test_benchmark_prints_a_ratio(in_tmp, capsys):
-    benchmark.main("step", configs.training_keys([*SMALL, "steps=2"]))
-    printed = capsys.readouterr().out
-    assert all(f"{strategy:>6}: selection and update" in printed for strategy in benchmark.STRATEGIES)
-    with pytest.raises(configs.UserError, match="objective=ppo"):
-        benchmark.main("step", configs.training_keys([*SMALL, "objective=ppo"]))
-    with pytest.raises(configs.UserError, match="give one of step, memory, rollout, ranks, growth, peer"):
-        benchmark.main("speed", {})
-    ways = [benchmark.measured_update(way, 64, vocabulary=300)[2] for way in ("chunks", "full logits")]
-    assert ways[0] == pytest.approx(ways[1], rel=1e-5) and ways[0] > 0.01  # what is compared has one gradient
-
-
-
+        torch.testing.assert_close(one[name], four[name], rtol=1e-5, atol=2e-5)  # 2 % of lr
+        assert (one[name] - before[name]).abs().max() > 1e-3  # training did change it

@@ -7,11 +7,21 @@ from grading import extract_answer, gold_answer
 
 def test_extract_answer():
     cases = {
-        r"\boxed{1} and \boxed{2}": "2", r"\boxed{\frac{1}{2}}": r"\frac{1}{2}", r"\boxed {7}": "7", "no answer": None,
-        r"\boxed{3": None, r"\boxed{1} then \boxed{2": "1", r"\boxed{\boxed{5}}": "5", r"} \boxed{a}": "a",
-        r"{ \boxed{5}": "5", r"\boxed{}": "", r"\boxed{\{1,2\}}": r"\{1,2\}",
+        r"\boxed{1} and \boxed{2}": "2",
+        r"\boxed{\frac{1}{2}}": r"\frac{1}{2}",
+        r"\boxed {7}": "7",
+        "no answer": None,
+        r"\boxed{3": None,
+        r"\boxed{1} then \boxed{2": "1",
+        r"\boxed{\boxed{5}}": "5",
+        r"} \boxed{a}": "a",
+        r"{ \boxed{5}": "5",
+        r"\boxed{}": "",
+        r"\boxed{\{1,2\}}": r"\{1,2\}",
         r"\boxed{\left\{1\right.}": r"\left\{1\right.",
-        r"\\boxed{3}": None, r"\boxed{1}}": "1", "\\boxed{a\nb}": "a\nb",
+        r"\\boxed{3}": None,
+        r"\boxed{1}}": "1",
+        "\\boxed{a\nb}": "a\nb",
     }
     for text, answer in cases.items():
         assert extract_answer(text) == answer, text
@@ -19,10 +29,18 @@ def test_extract_answer():
 
 def test_gold_answer():
     cases = [
-        ("6 * 7 = 42\n#### 1,042 ", "answer", "1,042"), ("#### 1\n#### 2", "answer", "2"), (" 7 ", "answer", "7"),
-        (r"so \boxed{x} is \boxed{\frac12}.", "solution", r"\frac12"), (r"\boxed{ 3 }", "answer", "3"),
-        ("so it is 3.", "solution", ""), (r"\boxed{3", "answer", ""), ("", "answer", ""), (None, "answer", ""),
-        (27, "answer", "27"), (27.0, "answer", "27"), (-0.5, "solution", "-0.5"),
+        ("6 * 7 = 42\n#### 1,042 ", "answer", "1,042"),
+        ("#### 1\n#### 2", "answer", "2"),
+        (" 7 ", "answer", "7"),
+        (r"so \boxed{x} is \boxed{\frac12}.", "solution", r"\frac12"),
+        (r"\boxed{ 3 }", "answer", "3"),
+        ("so it is 3.", "solution", ""),
+        (r"\boxed{3", "answer", ""),
+        ("", "answer", ""),
+        (None, "answer", ""),
+        (27, "answer", "27"),
+        (27.0, "answer", "27"),
+        (-0.5, "solution", "-0.5"),
     ]
     for value, name, answer in cases:
         assert gold_answer(value, name) == answer, (value, name)

@@ -5,53 +5,71 @@ from pathlib import Path
 
 import pytest
 
-from grading import GRADERS, math_verify
-from grading.math_verify import is_equal
+from grading import GRADERS, GraderError, math_verify
+from grading.math_verify import grade
 
 
 @pytest.fixture(autouse=True)
-def a_child_of_its_own():
+def no_child_before_or_after():
     math_verify.stop()
     yield
     math_verify.stop()
 
 
+def boxed(answer: str) -> str:
+    return rf"so it is $\boxed{{{answer}}}$."
+
+
 def test_agrees_where_it_should_and_cannot_hang(monkeypatch):
     for one, other in (("1/2", "0.5"), (r"\sqrt{12}", r"2\sqrt{3}"), ("x+1", "1+x"), ("7", "7")):
-        assert GRADERS["math_verify"](one, other)
-    assert not is_equal("3", "4") and not is_equal("", "4") and not is_equal("", "")
+        assert GRADERS["math_verify"](boxed(one), other)
+    assert not grade(boxed("3"), "4") and not grade(boxed(""), "4") and not grade(boxed(""), "")
     child = math_verify._child
     monkeypatch.setattr(math_verify, "LIMIT", 0.5)
     started = time.monotonic()
-    assert not is_equal("9^{9^{9^{9^{9}}}}", "5")
+    assert not grade(boxed("9^{9^{9^{9^{9}}}}"), "5")
     assert time.monotonic() - started < 20 and child.poll() is not None  # killed
     monkeypatch.setattr(math_verify, "LIMIT", 20.0)
-    assert is_equal("0.25", "1/4") and math_verify._child is not child  # and another one started
+    assert grade(boxed("0.25"), "1/4") and math_verify._child is not child  # another one started
     math_verify._child.kill()
     math_verify._child.wait()
-    assert is_equal("0.25", "1/4")  # also where it died by itself
+    assert grade(boxed("0.25"), "1/4")  # also after the child died by itself
 
 
-def test_long_answers_end_in_time(monkeypatch):
-    assert is_equal("0.5", "1/2")  # its start is not timed
+def test_the_answer_may_stand_outside_a_box():
+    assert grade("so it is 1/2", "0.5") and not grade("so it is 1/3", "0.5")
+    assert not grade("", "0.5")
+    assert grade("so it is $3x$, thus 7", "7")
+
+
+def test_long_texts_end_in_time(monkeypatch):
+    assert grade(boxed("0.5"), "1/2")  # the start of the child is not timed
     monkeypatch.setattr(math_verify, "LIMIT", 0.5)
-    started = time.monotonic()
-    assert not is_equal("(" * 100_000, "5")
-    assert time.monotonic() - started < 20
+    for text in ("(" * 100_000, boxed("1+" * 10**6 + "1")):
+        started = time.monotonic()
+        assert not grade(text, "5")
+        assert time.monotonic() - started < 20
+
+
+def test_only_the_end_of_a_long_text_counts():
+    assert grade("so " * 100_000 + boxed("1/2"), "0.5")
+    assert not grade(boxed("1/2") + " so" * 100_000, "0.5")
 
 
 def test_the_gold_answer_comes_first():
-    """The library takes an interval for a gold inequality, but no inequality for a gold interval."""
-    assert is_equal(answer=r"(3,\infty)", gold="x>3") and not is_equal(answer="x>3", gold=r"(3,\infty)")
+    """The library takes an interval for a gold inequality, but not the other way round."""
+    assert grade(boxed(r"(3,\infty)"), "x>3") and not grade(boxed("x>3"), r"(3,\infty)")
 
 
 def test_the_child_imports_the_library_and_not_itself(monkeypatch):
     """Its file bears the library's name, and here its folder is the working folder too."""
     monkeypatch.delenv("PYTHONPATH", raising=False)  # which may hold "."
     monkeypatch.chdir(Path(math_verify.__file__).parent)
-    assert Path(math_verify.__file__).name == "math_verify.py" and is_equal("0.5", "1/2")
+    assert Path(math_verify.__file__).name == "math_verify.py" and grade(boxed("0.5"), "1/2")
 
 
-def test_what_is_too_long_is_wrong_at_once(monkeypatch):
-    monkeypatch.setattr(math_verify, "_child", None)
-    assert not is_equal("1+" * 10**6 + "1", "7") and math_verify._child is None  # the library has not seen it
+def test_a_library_that_does_not_start_is_an_error_each_time(monkeypatch):
+    monkeypatch.setattr(math_verify.sys, "executable", "/bin/false")
+    for _ in range(2):
+        with pytest.raises(GraderError, match="does not start"):
+            grade(boxed("1"), "1")

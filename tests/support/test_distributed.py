@@ -1,82 +1,168 @@
-"""The process group's life: what it leaves behind."""
+"""Ranks under torchrun: collectives, ranks that fail, attempts, signals, and how the group ends."""
 
 import os
+import signal
 import subprocess
 import sys
 
 import pytest
-from helpers import ROOT, SMALL
+import torch
+from helpers import ROOT
 
-from support import distributed
 from support.config import UserError
+from support.distributed import World, join
 
-# As `torchrun --nproc_per_node=1`: a set-up, one update, the end of the group.
-SCRIPT = f"""
+# Two ranks in three attempts: rank 1 makes a mistake of the user, then fails, then all goes well.
+SCRIPT = """
+import os
+import signal
 from pathlib import Path
+
 import torch
-import step as steps
-from helpers import config_of
-from support import distributed
+from support.config import RunError
+from support.distributed import StopSignal, start
+from support.optimizer import MasterAdamW
 
-def work(world):
-    config = config_of(*{SMALL!r}, "prompts_per_step=1")
-    run = steps.set_up(config, [{{"numbers": [2, 3], "target": 5}}], world)
-    for parameter in run.policy.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    run.optimizer.step()
-    distributed.gather(torch.ones(2))
 
-world = distributed.setup()
-work(world)
-distributed.shutdown()
-threads = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
-print([name for name in threads if "gloo" in name])
+def work(world, attempt):
+    rank = world.rank
+    assert world.sum(torch.ones(3)).tolist() == [2, 2, 2]
+    if attempt < 2 and rank == 1:
+        raise [RunError, ZeroDivisionError][attempt]("no memory left")
+    world.barrier()
+
+    x = torch.full((2,), float(rank))
+    assert world.sum(x).tolist() == [1, 1] and x.tolist() == [rank, rank]  # not in place
+    assert world.max(7 - rank) == 7
+    rows = torch.full((3 * rank, 2), float(rank))  # none on rank 0
+    assert world.gather(rows).tolist() == [[1, 1]] * 3
+    assert world.gather(torch.tensor([rank], dtype=torch.bool)).tolist() == [False, True]
+    world.broadcast(x, 1)
+    assert x.tolist() == [1, 1]
+    assert [*world.slice(5)] == [[0, 1], [2, 3, 4]][rank]
+    assert world.is_main == (rank == 0) and world.hide_bar == [None, True][rank]
+
+    layer = torch.nn.Linear(2, 1, bias=False)
+    with torch.no_grad():
+        layer.weight.fill_(1)
+    module = world.ddp(layer)
+    module(torch.full((1, 2), 2.0 * rank)).sum().backward()
+    assert layer.weight.grad.tolist() == [[1, 1]]  # the mean
+    MasterAdamW(layer.named_parameters(), world, lr=0.5, weight_decay=0).step()
+    assert world.gather(layer.weight.detach()).unique().numel() == 1
+
+    stop_signal = StopSignal()
+    if rank == 1:
+        for _ in range(2):  # torchrun passes a signal on, so that it may arrive twice
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert world.max(stop_signal.number) == signal.SIGTERM
+    stop_signal.restore()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+with start(timeout=1.0) as world:
+    work(world, attempt)
+threads = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+print(f"rank {world.rank} left; threads of gloo: {sum('gloo' in name for name in threads)}")
 """
 
 
-FAILING = """
-import torch
-from support import distributed
-from support.config import UserError
-import sys
+def test_two_ranks(tmp_path):
+    """A rank that fails says so, keeps nobody waiting, and torchrun can start all again.
 
-def update(world):
-    if world.rank == 1:
-        raise {"broken": RuntimeError, "mistake": UserError}[sys.argv[1]]("no memory left")
-    distributed.barrier()
-
-if __name__ == "__main__":
-    with distributed.joined() as world:
-        update(world)
-    print("left the group")
-"""
-
-
-@pytest.mark.parametrize("word, told", [("broken", "rank 1 of 2 failed in update (failing.py, line 9): RuntimeError: "
-                                                   "no memory left"), ("mistake", "error: no memory left (rank 1)")])
-def test_a_rank_that_fails_says_so_and_keeps_nobody_waiting(tmp_path, word, told):
-    """Leaving the group would wait for the other, which waits in a barrier; torchrun ends it."""
-    script = tmp_path / "failing.py"
-    script.write_text(FAILING)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, word]
-    done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True,
-                          text=True, timeout=100)
-    assert done.returncode == 1 and told in done.stderr and "left the group" not in done.stdout, done.stderr
-    assert f"exitcode  : {1 if word == 'broken' else 2} " in done.stderr, done.stderr
+    In the end no thread outlives the group: one of gloo that asks for the interpreter's lock while
+    Python ends aborts the process now and then.
+    """
+    (tmp_path / "script.py").write_text(SCRIPT)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "--max-restarts=2",
+        "--monitor-interval=0.1",
+        "script.py",
+    ]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr
+    assert "error on rank 1: no memory left" in result.stderr
+    assert "rank 1 of 2 failed:" in result.stderr
+    assert "ZeroDivisionError: no memory left" in result.stderr
+    lines = sorted(result.stdout.splitlines())
+    assert lines == [f"rank {rank} left; threads of gloo: 0" for rank in range(2)], result.stderr
 
 
-def test_half_of_torchruns_variables(monkeypatch):
+def test_one_process_needs_no_group():
+    world = World()
+    x = torch.arange(3.0)
+    assert world.sum(x) is x and world.gather(x) is x
+    assert world.max(3) == 3
+    assert [*world.slice(4)] == [0, 1, 2, 3]
+    layer = torch.nn.Linear(1, 1)
+    assert world.ddp(layer) is layer
+    assert world.peak_memory() > 0
+
+
+def test_only_some_of_torchruns_variables(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     with pytest.raises(UserError, match="RANK is set, but not by torchrun"):
-        distributed.setup()
+        join("auto", 1.0)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads the names of threads from /proc")
-def test_no_thread_outlives_the_group(tmp_path):
-    """A thread of gloo that asks for the interpreter's lock while Python ends aborts the process, now and then."""
-    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
-             "MASTER_PORT": "0", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    done = subprocess.run([sys.executable, "-c", SCRIPT], cwd=tmp_path, env=os.environ | ranks, capture_output=True,
-                          text=True, timeout=170)
-    assert done.stdout.splitlines()[-1:] == ["[]"], done.stderr
+# ---------------------------------------------------------------- signals
+
+STEPS = """
+import time
+from support.distributed import StopSignal
+stop_signal = StopSignal()
+print("step 1", flush=True)
+end = time.monotonic() + {limit}
+while not stop_signal.number and time.monotonic() < end:
+    time.sleep(0.05)
+print("stopping", flush=True)
+time.sleep({seconds})
+raise SystemExit(128 + stop_signal.number)
+"""
+
+
+def signalled(seconds: float, *numbers: int, limit: float = 60, **arguments) -> tuple[int, str]:
+    """Start a process in its first step, send it signals, and return its exit code and stderr."""
+    command = [sys.executable, "-c", STEPS.format(seconds=seconds, limit=limit)]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **arguments
+    )
+    for number in numbers:
+        process.stdout.readline()  # "step 1", then "stopping"
+        process.send_signal(number)
+    _, stderr = process.communicate(timeout=100)
+    return process.returncode, stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_lets_the_step_be_finished(number):
+    code, stderr = signalled(0, number)
+    assert code == 128 + number
+    assert stderr.splitlines() == [
+        "note: stopping after this step, which is then saved; a second signal stops at once"
+    ]
+
+
+def test_a_second_signal_stops_at_once():
+    code, _ = signalled(90, signal.SIGTERM, signal.SIGINT)
+    assert code == -signal.SIGINT
+
+
+def test_a_signal_that_the_shell_ignores_stays_ignored():
+    """As SIGINT under nohup or behind `&`."""
+
+    def ignore():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    code, _ = signalled(0, signal.SIGINT, limit=1, preexec_fn=ignore)
+    assert code == 128

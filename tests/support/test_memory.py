@@ -1,176 +1,210 @@
-"""The dry run, and its memory against the live tensors of real updates and rollouts."""
+"""The dry run for several ranks, and its memory against the live tensors of real updates."""
 
 import copy
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
-from helpers import config_of
+from helpers import ALONE, config_of, run_of
 from mathematics import MATH, SMALL, folder, write
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-import rollout
-import step as steps
 import train
-from support import config as configs
-from support import distributed, memory, models
+from rollout import Rollout, sample
+from support import memory, models
+from support.distributed import World
 from support.optimizer import MasterAdamW
 
 
-@pytest.fixture
-def in_tmp(tmp_path, monkeypatch):
+def test_a_dry_run_for_four_ranks_that_are_not_there(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "math.jsonl", MATH)
-    return tmp_path
-
-
-def test_a_dry_run_needs_no_weights_and_writes_nothing(in_tmp, monkeypatch, capsys):
-    """For four ranks that are not there."""
-    model = folder(in_tmp / "model", "llama", chat=True, weights=False)
-    before = sorted(in_tmp.rglob("*"))
+    model = folder(tmp_path / "model", "llama", chat=True, weights=False)
+    before = sorted(tmp_path.rglob("*"))
     monkeypatch.setenv("WORLD_SIZE", "4")
-    train.main(configs.training_keys([*SMALL, f"model={model}", "data=math.jsonl", "dry_run=true",
-                                      "data.validation=0.3"]))
+    arguments = [f"model={model}", "data=math.jsonl", "validation_fraction=0.3", "dry_run=true"]
+    train.main([*SMALL, *arguments])
     printed = capsys.readouterr().out
-    parameters = sum(p.numel() for p in LlamaForCausalLM(LlamaConfig.from_pretrained(model)).parameters())
-    for words in (f"LlamaForCausalLM, {parameters:,} parameters", "<|begin_of_text|><|start_header_id|>user",
-                  "'<|end_of_text|>'", "'<|eot_id|>'", "4 prompts x 4 = 16 completions of up to 12 tokens",
-                  "4 rank(s) 4 compl",
-                  "steps and", "steps = ", "KV cache", "optimizer", "reference", "data.file: math.jsonl"):
-        assert words in printed, words
-    assert sorted(in_tmp.rglob("*")) == before
+    parameters = sum(p.numel() for p in models.load_blank(model)[0].parameters())
+    for words in (
+        f"{parameters:,} parameters",
+        "<|begin_of_text|><|start_header_id|>user",
+        "'<|end_of_text|>'",
+        "'<|eot_id|>'",
+        "4 problems x 4 = 16 completions of up to 12 tokens, 4 of them on each of 4 rank(s)",
+        "2 steps = ",
+        "KV cache",
+        "optimizer",
+        "reference",
+        "data=math.jsonl",
+    ):
+        assert words in printed
+    assert sorted(tmp_path.rglob("*")) == before
 
 
-def estimate(*words, precision="bf16", **changes):
-    known = {"ranks": 4, "prompt": 20, "reference": True, "all_selected": False} | changes
-    return memory.estimate(LlamaConfig(num_hidden_layers=2), 10**9, config_of(*words), precision=precision, **known)
+def estimate(*arguments, precision="bf16", reference=True):
+    return memory.estimate(
+        LlamaConfig(num_hidden_layers=2),
+        10**9,
+        config_of(*arguments),
+        precision=precision,
+        ranks=4,
+        prompt=20,
+        reference=reference,
+        all_selected=False,
+    )
 
 
 def test_what_each_rank_keeps():
-    parts = ("weights", "gradients", "optimizer", "reference")
-    head = 32_000 * 4096
-    assert [estimate(precision="fp32")[part] for part in parts] == [4e9, 4e9, 2e9, 4e9]
-    assert [estimate()[part] for part in parts] == [2e9, 2e9, 3e9, 2e9]  # two moments and masters, of a quarter
-    assert [estimate("offload=true")[part] for part in parts] == [2e9, 2e9, 0, 2 * head]
-    assert estimate(reference=False)["reference"] == 0
-    budget = estimate("micro_batch_tokens=1000", "max_new_tokens=480")  # two completions at once
-    assert budget["update"] == estimate("micro_batch_size=2", "max_new_tokens=480")["update"]
+    def kept(*arguments, **named):
+        parts = estimate(*arguments, **named)
+        return [parts[name] for name in ("weights", "gradients", "optimizer", "reference")]
+
+    projection = 32_000 * 4096
+    assert kept(precision="fp32") == [4e9, 4e9, 2e9, 4e9]
+    assert kept() == [2e9, 2e9, 3e9, 2e9]  # two moments and masters, of a quarter
+    assert kept("offload=true") == [2e9, 2e9, 0, 2 * projection]
+    assert kept(reference=False) == [2e9, 2e9, 3e9, 0]
+    by_tokens = estimate("micro_batch_tokens=1000", "max_new_tokens=480")  # two completions at once
+    assert by_tokens["update"] == estimate("micro_batch_size=2", "max_new_tokens=480")["update"]
 
 
-def test_a_dry_run_of_the_toy(in_tmp, capsys):
-    train.main(configs.training_keys(["dry_run=true", "resume=true", "name=none"]))  # resume has no say in it
-    printed = capsys.readouterr().out
-    assert "32 prompts x 8 = 256 completions" in printed and "315,936 parameters" in printed
-    assert not Path("runs").exists()
-
-
-@pytest.mark.parametrize("gigabytes", [4, 9, 12, 40, 100])
-def test_the_largest_batches_fit_and_larger_ones_do_not(gigabytes):
-    words = ["max_new_tokens=480", "gradient_checkpointing=true", "logits_chunk=512"]
-
-    def needed(config):
-        return memory.estimate(LlamaConfig(num_hidden_layers=8), 10**9, config, ranks=1, prompt=20, precision="bf16",
-                               reference=True, all_selected=False)
-
-    fitted = config_of(*words)
-    found = memory.fit(gigabytes * 1e9, fitted, needed)
-    if gigabytes == 4:
-        assert found == "too small, whatever the batches"
-        return
-    given = config_of(*words, *found.split())
-    assert given == fitted
-    assert needed(given)["total"] <= gigabytes * 1e9
-    if not given.offload:
-        assert gigabytes > 20
-    if given.rollout.batch_size < 512:
-        given.rollout.batch_size *= 2
-        assert needed(given)["sampling"] > gigabytes * 1e9
-    if given.micro_batch_tokens < 2**17:
-        given.micro_batch_tokens *= 2
-        assert needed(given)["update"] > gigabytes * 1e9
-
-
-class Live(TorchDispatchMode):
-    """Counts the bytes of storages that live, and their peak, from the first operation on; not `known` ones."""
+class LiveTensors(TorchDispatchMode):
+    """Measures the peak bytes of the storages that operations make, without those of `known`."""
 
     def __init__(self, known):
         super().__init__()
         self.sizes = {tensor.untyped_storage()._cdata: 0 for tensor in known}
-        self.now = self.peak = 0
+        self.now = 0
+        self.peak = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.sizes:
-                storage = tensor.untyped_storage()
-                self.sizes[storage._cdata] = storage.nbytes()
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self.free, storage._cdata)
+            if isinstance(tensor, torch.Tensor):
+                self.count(tensor.untyped_storage())
         return result
+
+    def count(self, storage):
+        if storage._cdata in self.sizes:
+            return
+        self.sizes[storage._cdata] = storage.nbytes()
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self.free, storage._cdata)
 
     def free(self, key):
         self.now -= self.sizes.pop(key, 0)
 
 
+class AutocastWorld(World):
+    """A rank that, as on CUDA, computes with fp32 weights in bf16."""
+
+    def autocast(self):
+        return torch.autocast("cpu", dtype=torch.bfloat16)
+
+
+def make_policy(family, precision):
+    torch.manual_seed(0)
+    config_class, model_class = {
+        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+        "llama": (LlamaConfig, LlamaForCausalLM),
+    }[family]
+    policy = model_class(
+        config_class(
+            vocab_size=4000,
+            hidden_size=256,
+            intermediate_size=1024,
+            num_hidden_layers=3,
+            num_attention_heads=8,
+            num_key_value_heads=2,
+            tie_word_embeddings=family == "qwen2",
+            eos_token_id=0,
+            bos_token_id=None,
+        )
+    )
+    models.use_fp32_logits(policy.train())
+    for parameter in policy.parameters():
+        if precision == "bf16":
+            parameter.data = parameter.data.bfloat16()
+        parameter.grad = torch.zeros_like(parameter)
+    return policy
+
+
+def make_rollout(prompts, length):
+    """Make completions of random tokens, all of one length, with rewards that differ in pairs."""
+    shape = (len(prompts), length)
+    logprobs = torch.log(torch.rand(shape) * 0.9 + 0.05)
+    return Rollout(
+        prompts,
+        torch.randint(1, 4000, shape),
+        torch.ones(shape, dtype=torch.bool),
+        torch.zeros(len(prompts), dtype=torch.bool),
+        logprobs,
+        entropy=-logprobs,
+        self_certainty=-logprobs,
+        entropy_baseline=-logprobs,
+        correct=torch.arange(len(prompts)) % 2 == 0,
+        advantages=1.0 - torch.arange(len(prompts)) % 2 * 2,
+    )
+
+
 @pytest.mark.parametrize(
     "family, checkpointing, chunk, strategy, precision",
-    [("qwen2", True, 256, "scope", "bf16"), ("qwen2", False, 256, "none", "bf16"),
-     ("llama", True, 128, "scope", "bf16"), ("llama", False, 4096, "all", "bf16"),
-     ("qwen2", True, 256, "scope", "fp32"), ("llama", False, 4096, "all", "fp32")],
+    [
+        ("qwen2", True, 256, "scope", "bf16"),
+        ("qwen2", False, 256, "none", "bf16"),
+        ("llama", True, 128, "scope", "bf16"),
+        ("llama", False, 4096, "all", "bf16"),
+        ("qwen2", True, 256, "scope", "fp32"),
+        ("llama", False, 4096, "all", "fp32"),
+    ],
 )
 def test_memory_against_live_tensors(family, checkpointing, chunk, strategy, precision):
-    """Of a real update and rollout: what comes on top of weights, gradients and optimizer within a tenth."""
-    torch.manual_seed(0)
-    config_class, model_class = {"qwen2": (Qwen2Config, Qwen2ForCausalLM),
-                                 "llama": (LlamaConfig, LlamaForCausalLM)}[family]
-    shape = config_class(vocab_size=4000, hidden_size=256, intermediate_size=1024, num_hidden_layers=3,
-                         num_attention_heads=8,
-                         num_key_value_heads=2, tie_word_embeddings=family == "qwen2", eos_token_id=0,
-                         bos_token_id=None)
-    policy = model_class(shape).train()
-    models.fp32_logits(policy)
-    if checkpointing:
-        models.recompute_layers(policy)
+    """Of an update and a rollout: what weights, gradients and state do not take, within a tenth."""
+    policy = make_policy(family, precision)
     reference = copy.deepcopy(policy).eval().requires_grad_(False)
-    world = distributed.World(0, 1, torch.device("cpu"), precision)
-    if precision == "fp32":
-        world.autocast = lambda: torch.autocast("cpu", dtype=torch.bfloat16)
-    else:
-        policy.bfloat16()
-        reference.bfloat16()
+    if checkpointing:
+        policy.activation_checkpointing_enable({"use_reentrant": False})
+    world = AutocastWorld() if precision == "fp32" else ALONE
     config = config_of(
-        "micro_batch_size=8", "prompts_per_step=8", "group_size=2", "max_new_tokens=60", f"logits_chunk={chunk}",
-        f"gradient_checkpointing={str(checkpointing).lower()}", "rollout.batch_size=8",
-        f"selection.strategy={strategy}")
-    prompts = [[1] * 20] * 16
-    sampled = rollout.from_completions(prompts, [torch.randint(1, 4000, (60,)).tolist() for _ in prompts], "cpu")
-    sampled.logprobs = torch.log(torch.rand(sampled.mask.shape) * 0.9 + 0.05)
-    advantages = torch.tensor([1.0, -1.0] * 8)
-    selection = steps.select(sampled, sampled.logprobs, advantages, config, 0)
-    optimizer = MasterAdamW(policy.named_parameters(), lr=0.0, weight_decay=0.0)
-    for parameter in policy.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    state = [tensor for kept in optimizer.state.values() for tensor in kept.values()]
-    known = [*policy.parameters(), *reference.parameters(), *policy.buffers(), *reference.buffers(), *state,
-             *(parameter.grad for parameter in policy.parameters())]
-    with Live(known) as update:
-        batches = steps.MicroBatches(sampled, advantages, advantages > 0, selection, reference, config, world)
-        loss = steps.MicroBatchLoss(policy, config, 1)
-        steps.update(loss, optimizer, batches, selection, on_policy=True, world=world, max_grad_norm=1.0)
-    with Live(known) as sampling, world.autocast():
-        rollout.sample(policy, prompts[:8], list(range(8)), stop=[0], max_new_tokens=60, seed=0, step=0, batch_size=8)
+        "micro_batch_size=8",
+        "prompts_per_step=8",
+        "group_size=2",
+        "max_new_tokens=60",
+        f"logits_chunk={chunk}",
+        f"gradient_checkpointing={checkpointing}",
+        "rollout.batch_size=8",
+        f"selection.strategy={strategy}",
+    )
+    rollout = make_rollout([[1] * 20] * 16, 60)
+    rollout.selected, rollout.token_mask, _ = train.select(rollout, rollout, config, world, seed=0)
+    optimizer = MasterAdamW(policy.named_parameters(), world, lr=0.0, weight_decay=0.0)
+    run = run_of(policy, config, world=world, reference=reference, optimizer=optimizer)
+    state = [x for tensors in optimizer.state.values() for x in tensors.values()]
+    known = [*policy.parameters(), *reference.parameters(), *policy.buffers(), *reference.buffers()]
+    known += [*state, *(parameter.grad for parameter in policy.parameters())]
+    with LiveTensors(known) as updating:
+        train.update(run, rollout, on_policy=True)
+    settings = {"stop": [0], "max_new_tokens": 60, "seed": 0, "step": 0, "batch_size": 8}
+    with LiveTensors(known) as sampling, world.autocast():
+        sample(policy, rollout.prompts[:8], list(range(8)), **settings)
 
-    parameters = sum(p.numel() for p in policy.parameters())
-    parts = memory.estimate(shape, parameters, config, precision=precision, ranks=1, prompt=20,
-                            reference=strategy != "none", all_selected=strategy == "all")
+    parts = memory.estimate(
+        policy.config,
+        sum(p.numel() for p in policy.parameters()),
+        config,
+        precision=precision,
+        ranks=1,
+        prompt=20,
+        reference=strategy != "none",
+        all_selected=strategy == "all",
+    )
     assert parts["weights"] == sum(p.nbytes for p in policy.parameters())
-    assert parts["optimizer"] == sum(tensor.nbytes for tensor in state)
+    assert parts["optimizer"] == sum(x.nbytes for x in state)
     fixed = sum(parts[name] for name in ("weights", "gradients", "optimizer", "reference"))
-    assert parts["update"] - fixed == pytest.approx(update.peak, rel=0.1)
+    assert parts["update"] - fixed == pytest.approx(updating.peak, rel=0.1)
     assert parts["sampling"] - fixed == pytest.approx(sampling.peak, rel=0.1)
-
-
+    assert parts["total"] == max(parts["update"], parts["sampling"])

@@ -1,23 +1,23 @@
-"""Models: architectures, what is refused, stop tokens, chat templates, a hub out of reach."""
+"""Models: families, what is refused in one line, stop tokens, chat templates."""
 
 import json
-import time
+import os
+import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import huggingface_hub
 import pytest
 import torch
+import transformers
 from helpers import ALONE, config_of, tiny_model
-from mathematics import MATH, folder, tokenizer, write
+from mathematics import folder, tokenizer
+from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoModelForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3Config,
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    GemmaConfig,
-    GemmaForCausalLM,
     GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
@@ -25,133 +25,263 @@ from transformers import (
 )
 
 import data
-import rollout
-import toy
-import train
-from support import config as configs
+from rollout import rescore, sample
 from support import models
 from support.config import UserError
+from toy import make_tokenizer
 
-PROBLEM = {"problem": r"What is $\frac{4}{2}$, {dear}?", "answer": "2", "level": None, "subject": ""}
+# ---------------------------------------------------------------- families
+
+USUAL = dict(
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=48,
+    tie_word_embeddings=True,
+)
+GROUPED = USUAL | dict(num_key_value_heads=2)
+WINDOWS = dict(sliding_window=6, layer_types=["sliding_attention", "full_attention"])
+FAMILIES = {
+    "Qwen2": GROUPED,
+    "Qwen3": GROUPED | dict(head_dim=8),
+    "Llama": GROUPED | dict(tie_word_embeddings=False),
+    "Mistral": GROUPED | dict(sliding_window=6),
+    "Gemma": GROUPED | dict(head_dim=8),
+    "Gemma3Text": GROUPED | dict(head_dim=8) | WINDOWS,
+    "GPT2": dict(n_embd=32, n_layer=2, n_head=4, n_positions=128),
+    "GPTNeoX": USUAL,
+    "Olmo2": GROUPED,
+    "SmolLM3": GROUPED,
+}
 
 
-@pytest.fixture
-def in_tmp(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    write(tmp_path / "math.jsonl", MATH)
-    return tmp_path
-
-
-# ---------------------------------------------------------------- architectures
-
-GEMMA = dict(vocab_size=40, hidden_size=32, intermediate_size=32, num_hidden_layers=2, head_dim=8,
-             num_attention_heads=4,
-             num_key_value_heads=1, eos_token_id=1, bos_token_id=None, pad_token_id=0)
-
-
-@pytest.mark.parametrize("model_class, shape", [
-    (GemmaForCausalLM, GemmaConfig(**GEMMA)),
-    (Gemma3ForCausalLM,
-     Gemma3TextConfig(**GEMMA, sliding_window=4, layer_types=["sliding_attention", "full_attention"])),
-], ids=["gemma", "gemma3"])
-def test_gemmas_without_soft_caps_are_right(tmp_path, model_class, shape):
-    """Scaled embeddings and sliding windows: recorded log-probabilities are the model's own, row by row."""
+def make_family(path, family):
+    """Save a random model of a family whose distributions are not flat."""
+    words = tokenizer("qwen", chat=False)
     torch.manual_seed(0)
-    shape.vocab_size = 400
-    made = model_class(shape)
+    special = dict(eos_token_id=1, pad_token_id=0, bos_token_id=None)
+    length = dict(max_position_embeddings=128) if family != "GPT2" else {}
+    config_class = getattr(transformers, f"{family}Config")
+    shape = config_class(vocab_size=len(words), **special, **length, **FAMILIES[family])
+    model = AutoModelForCausalLM.from_config(shape)
     with torch.no_grad():
-        for parameter in made.parameters():
-            parameter.mul_(3 if parameter.ndim == 2 else 1)
-    made.save_pretrained(tmp_path)
-    tokenizer("qwen", chat=False).save_pretrained(tmp_path)
-    model, _ = models.load(str(tmp_path))
-    prompts = [[2, 3, 4, 5, 6], [7, 8], [9, 10, 11]]
-    sampled = rollout.sample(model, prompts, [0, 1, 2], stop=[1], max_new_tokens=14, seed=1, step=0, segment=3)
+        for parameter in model.parameters():
+            parameter.mul_(3)
+    model.save_pretrained(path)
+    words.save_pretrained(path)
+    return str(path)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_is_sampled_and_scored(family, tmp_path):
+    """Recorded log-probabilities are the model's own, row by row, whatever its positions, windows
+    and scales.
+    """
+    name = make_family(tmp_path / "model", family)
+    policy, _ = models.load(name)
+    config = config_of("micro_batch_tokens=60", "logits_chunk=7")
+    prompts = []
+    for i in range(12):
+        prompts += [[2 + i % 3] * (2 + i % 3)] * 2
+    settings = dict(stop=[1], max_new_tokens=10, seed=0, step=0, batch_size=7, segment=3)
+    rollout = sample(policy, prompts, list(range(24)), **settings)
     for row, prompt in enumerate(prompts):
-        length = int(sampled.lengths[row])
-        ids = torch.tensor([prompt + sampled.tokens[row, :length].tolist()])
+        completion = rollout.tokens[row, : rollout.lengths[row]]
+        tokens = torch.cat([torch.tensor(prompt), completion])[None]
         with torch.no_grad():
-            logp = torch.log_softmax(model(ids).logits[0, len(prompt) - 1 : -1].float(), dim=-1)
-        own = logp.gather(1, ids[0, len(prompt) :, None]).squeeze(1)
-        torch.testing.assert_close(sampled.logprobs[row, :length], own, rtol=1e-3, atol=1e-4)
-    scored = rollout.rescore(model, sampled, config_of(), ALONE)
-    torch.testing.assert_close(scored.logprobs, sampled.logprobs, rtol=1e-3, atol=1e-4)
+            logits = policy(tokens).logits
+            from_hidden = policy.get_output_embeddings()(models.hidden_states(policy, tokens))
+        assert torch.equal(logits, from_hidden)
+        logprobs = logits[0, len(prompt) - 1 : -1].log_softmax(dim=-1)
+        expected = logprobs.gather(1, completion[:, None]).squeeze(1)
+        recorded = rollout.logprobs[row, : len(completion)]
+        torch.testing.assert_close(recorded, expected, rtol=0, atol=2e-4)
+    scored = rescore(policy, rollout, config, ALONE)
+    torch.testing.assert_close(scored.logprobs, rollout.logprobs, rtol=0, atol=2e-4)
+
+    blank, _ = models.load_blank(name)
+    assert {p.device.type for p in blank.parameters()} == {"meta"}
+    shapes = {key: p.shape for key, p in policy.named_parameters()}
+    assert {key: p.shape for key, p in blank.named_parameters()} == shapes
+    assert blank.generation_config.eos_token_id == policy.generation_config.eos_token_id
 
 
-def test_a_gemma_with_a_soft_cap_is_refused_with_one_line(in_tmp):
-    Gemma2ForCausalLM(Gemma2Config(**GEMMA | {"vocab_size": 400},
-                                   final_logit_softcapping=3.0)).save_pretrained("capped")
-    tokenizer("qwen", chat=False).save_pretrained("capped")
-    with pytest.raises(configs.UserError, match="^model=./capped post-processes its logits[^\n]*$"):
-        train.main(configs.training_keys(["model=./capped", "data=math.jsonl", "prompts_per_step=4"]))
-    assert not Path("runs").exists()
+def test_bf16_weights_have_fp32_logits(tmp_path):
+    model, _ = models.load(folder(tmp_path, "qwen2", chat=False), torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert model(torch.arange(8)[None]).logits.dtype == torch.float32
 
 
-def test_a_model_that_sees_is_refused(tmp_path):
-    folder(tmp_path / "model", "qwen2", chat=True)
-    Gemma3Config(text_config={"vocab_size": 40}, vision_config={"hidden_size": 32}).save_pretrained(tmp_path / "model")
-    for load in (models.load, models.load_blank):
-        with pytest.raises(UserError, match=r"several parts \(gemma3\).*text alone"):
-            load(str(tmp_path / "model"))
-
-
-def test_a_hub_out_of_reach_is_told_at_once(in_tmp, monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:1")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(in_tmp / "hf"))
-    started = time.monotonic()
-    with pytest.raises(UserError) as told:
-        train.main(configs.training_keys(["model=owner/name", "data=math.jsonl", "prompts_per_step=4"]))
-    assert time.monotonic() - started < 20  # its retries take minutes
-    for word in ("model=owner/name cannot be loaded", "http://127.0.0.1:1 is out of reach", "local folder"):
-        assert word in str(told.value)
-
-
-@pytest.mark.parametrize("made", [
-    lambda: GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2, resid_pdrop=0.5, embd_pdrop=0.5,
-                                       attn_pdrop=0.5)),
-    lambda: tiny_model(attention_dropout=0.5)], ids=["of modules", "of functions"])
-def test_dropout_is_off_whatever_its_name(tmp_path, made):
-    made().save_pretrained(tmp_path)
-    toy.make_tokenizer(20).save_pretrained(tmp_path)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=40,
+                n_embd=16,
+                n_layer=1,
+                n_head=2,
+                resid_pdrop=0.5,
+                embd_pdrop=0.5,
+                attn_pdrop=0.5,
+            )
+        ),
+        lambda: tiny_model(attention_dropout=0.5),
+    ],
+    ids=["of modules", "of functions"],
+)
+def test_dropout_is_off_whatever_its_name(tmp_path, make):
+    make().save_pretrained(tmp_path)
+    make_tokenizer(20).save_pretrained(tmp_path)
     model, _ = models.load(str(tmp_path))
     tokens = torch.arange(10)[None]
     assert torch.equal(model.train()(tokens).logits, model(tokens).logits)
 
 
-def test_a_model_without_a_stop_token_is_told():
-    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=None))
-    with pytest.raises(UserError, match="stop token"):
-        models.stop_ids(model, SimpleNamespace(eos_token_id=None, chat_template=None, get_added_vocab=dict))
+def test_a_fingerprint_tells_weights_apart(tmp_path):
+    name = folder(tmp_path, "qwen2", chat=False)
+    model, _ = models.load(name)
+    other, _ = models.load(name)
+    assert models.fingerprint(model) == models.fingerprint(other)
+    with torch.no_grad():
+        other.model.norm.weight[3] += 1e-6
+    assert models.fingerprint(model) != models.fingerprint(other)
+    assert models.fingerprint(model.bfloat16()) != models.fingerprint(other)
 
 
-def test_a_model_that_is_to_sample_but_does_not_say_so_can_be_saved(tmp_path):
-    """A generation_config.json of temperature without do_sample, as that of Llama 2."""
-    source, saved = folder(tmp_path / "model", "llama", chat=False), tmp_path / "saved"
-    (Path(source) / "generation_config.json").write_text(json.dumps(
-        {"temperature": 0.6, "top_p": 0.9, "bos_token_id": 3, "pad_token_id": 4, "eos_token_id": 5}))
-    model, _ = models.load(source)
-    models.set_stop(model, [5, 6])
-    model.save_pretrained(saved)
-    own = GenerationConfig.from_pretrained(saved)
-    assert (own.eos_token_id, own.bos_token_id, own.pad_token_id) == ([5, 6], 3, 4)
-    own = GenerationConfig(do_sample=True, temperature=0.6, eos_token_id=5)
-    model.generation_config = own
-    models.set_stop(model, [5])
-    assert model.generation_config is own and own.temperature == 0.6
+def test_prompts_and_completions_must_fit_the_context():
+    shape = SimpleNamespace(max_position_embeddings=10)
+    models.check_lengths(shape, [[1], [1, 2, 3]], 7)
+    with pytest.raises(UserError, match="max_new_tokens=8: .* longest prompt of 3 tokens"):
+        models.check_lengths(shape, [[1], [1, 2, 3]], 8)
 
 
-def test_models_that_post_process_logits_are_refused(tmp_path):
-    shape = Gemma2Config(vocab_size=40, hidden_size=32, intermediate_size=32, num_hidden_layers=1, head_dim=8,
-                         num_attention_heads=4, num_key_value_heads=2, final_logit_softcapping=0.1)
-    Gemma2ForCausalLM(shape).save_pretrained(tmp_path)
-    toy.make_tokenizer(20).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="post-processes its logits"):
-        models.load(str(tmp_path))
+# ---------------------------------------------------------------- what is refused
 
 
-def test_logits_that_are_not_those_of_the_hidden_states_are_refused(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return Path(folder(tmp_path_factory.mktemp("models") / "whole", "qwen2", chat=False))
+
+
+def tensors(change):
+    """Return a function that changes the tensors of a folder."""
+
+    def apply(path):
+        weights = load_file(path / "model.safetensors")
+        change(weights)
+        save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+
+    return apply
+
+
+def setting(**changes):
+    """Return a function that changes the config.json of a folder."""
+
+    def apply(path):
+        shape = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps(shape | changes))
+
+    return apply
+
+
+def content(text, name="model.safetensors"):
+    return lambda path: (path / name).write_bytes(text)
+
+
+def pickle_alone(path):
+    (path / "model.safetensors").unlink()
+    torch.save({}, path / "pytorch_model.bin")
+
+
+def own_code(path):
+    setting(auto_map={"AutoModelForCausalLM": "modeling.Evil", "AutoConfig": "modeling.Evil"})(path)
+    (path / "modeling.py").write_text("open('executed', 'w')\nEvil = None\n")
+
+
+def soft_cap(path):
+    shape = USUAL | dict(head_dim=8, num_key_value_heads=2, vocab_size=400)
+    model = Gemma2ForCausalLM(Gemma2Config(**shape, final_logit_softcapping=3.0))
+    model.save_pretrained(path)
+
+
+def several_parts(path):
+    parts = {"text_config": {"vocab_size": 40}, "vision_config": {"hidden_size": 32}}
+    Gemma3Config(**parts).save_pretrained(path)
+
+
+NORM = "model.norm.weight"
+BIAS = "model.layers.1.self_attn.q_proj.bias"
+REFUSED = {
+    "two missing": (tensors(lambda t: (t.pop(NORM), t.pop(BIAS))), f"2 missing ({BIAS}, {NORM})"),
+    "one too many": (tensors(lambda t: t.update(x=torch.ones(3))), "1 unexpected (x)"),
+    "another shape": (
+        tensors(lambda t: t.update({NORM: torch.ones(31)})),
+        f"1 of another shape ({NORM})",
+    ),
+    "NaN": (tensors(lambda t: t[NORM][:1].fill_(torch.nan)), "damaged: not finite"),
+    "cut": (lambda path: os.truncate(path / "model.safetensors", 20_000), "cannot be loaded"),
+    "garbage": (content(b"garbage " * 100), "cannot be loaded"),
+    "pickle alone": (pickle_alone, "it needs config.json, tokenizer.json and model.safetensors"),
+    "code": (own_code, "brings its own code (auto_map in config.json), which is never run"),
+    "another architecture": (
+        setting(model_type="llama", architectures=["LlamaForCausalLM"]),
+        "unexpected (",
+    ),
+    "more layers": (setting(num_hidden_layers=3, layer_types=None), "missing (model.layers.2."),
+    "unknown architecture": (setting(model_type="nosuch"), "cannot be loaded"),
+    "several parts": (several_parts, "multimodal model (gemma3): give a model for text only"),
+    "soft cap": (soft_cap, "changes its logits after the vocabulary projection"),
+    "garbage tokenizer": (content(b"{", "tokenizer.json"), "cannot be loaded"),
+    "large tokenizer": (setting(vocab_size=300), "its tokenizer has 400 tokens and the model only"),
+}
+
+
+@pytest.mark.parametrize("damage, words", REFUSED.values(), ids=REFUSED)
+def test_a_model_that_is_not_whole_is_refused(whole, tmp_path, monkeypatch, capfd, damage, words):
+    monkeypatch.chdir(tmp_path)
+    path = Path(shutil.copytree(whole, tmp_path / "model"))
+    damage(path)
+    with pytest.raises(UserError) as caught:
+        models.load(str(path))
+    line = str(caught.value)
+    assert line.startswith(f"model={path}")
+    assert words in line
+    assert "\n" not in line
+    assert capfd.readouterr() == ("", "")
+    assert not Path("executed").exists()
+    assert "modeling" not in sys.modules
+
+
+def test_shards_that_are_not_all_there_are_refused(whole, tmp_path):
+    path = tmp_path / "sharded"
+    model, words = models.load(str(whole))
+    model.save_pretrained(path, max_shard_size="40KB")
+    words.save_pretrained(path)
+    assert models.fingerprint(models.load(str(path))[0]) == models.fingerprint(model)
+    (path / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(UserError, match="^model=[^\n]* cannot be loaded [^\n]*$"):
+        models.load(str(path))
+
+
+def test_tensors_without_an_effect_may_be_there_or_not(whole, tmp_path):
+    """The projection of tied embeddings, and the rotary frequencies that old files hold."""
+    path = Path(shutil.copytree(whole, tmp_path / "model"))
+    expected = models.load(str(path))[0].state_dict()
+
+    def change(weights):
+        assert "lm_head.weight" not in weights
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+        for layer in range(2):
+            weights[f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+
+    tensors(change)(path)
+    for name, weight in models.load(str(path))[0].state_dict().items():
+        assert torch.equal(weight, expected[name])
+
+
+def test_logits_that_are_not_those_of_the_hidden_states_are_refused(whole, monkeypatch):
     """Also where no field of the config says so."""
-    made = folder(tmp_path, "qwen2", chat=False)
     forward = Qwen2ForCausalLM.forward
 
     def scaled(self, *arguments, **named):
@@ -159,74 +289,98 @@ def test_logits_that_are_not_those_of_the_hidden_states_are_refused(tmp_path, mo
         output.logits = 1.5 * output.logits
         return output
 
-    models.load(made)
     monkeypatch.setattr(Qwen2ForCausalLM, "forward", scaled)
-    with pytest.raises(UserError, match="post-processes its logits"):
-        models.load(made)
+    with pytest.raises(UserError, match="changes its logits after the vocabulary projection"):
+        models.load(str(whole))
 
 
-def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path):
-    made = folder(tmp_path, "qwen2", chat=False, weights=False)
-    shape = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(shape | {"vocab_size": shape["vocab_size"] - 1}))
-    with pytest.raises(UserError, match=r"its tokenizer has \d+ tokens, the model only \d+"):
-        models.load(made)
+def test_a_name_that_the_hub_does_not_give_is_one_line(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for load in (models.load, models.load_blank):
+        with pytest.raises(
+            UserError, match="^model=owner/name cannot be loaded [^\n]*network[^\n]*$"
+        ):
+            load("owner/name")
 
 
-# ---------------------------------------------------------------- stop tokens and chat templates
+# ---------------------------------------------------------------- stop tokens
 
 
-def test_stop_ids_are_all_of_the_models_and_the_tokenizers():
-    class Tokenizer:
-        eos_token_id = 9
-        chat_template = None
-        get_added_vocab = dict
+def without_template(eos_token_id):
+    return SimpleNamespace(eos_token_id=eos_token_id, chat_template=None, get_added_vocab=dict)
 
+
+def test_stop_ids_are_those_of_the_model_and_of_the_tokenizer():
     model = tiny_model()
     for eos, expected in ((1, [1, 9]), ([1, 5], [1, 5, 9]), (None, [9])):
         model.generation_config.eos_token_id = eos
-        assert models.stop_ids(model, Tokenizer) == expected
-
-
-def test_a_template_that_refuses_a_system_message_is_told():
-    words = tokenizer("qwen", chat=True)
-    words.chat_template = ("{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
-                           "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}")
-    assert words.decode(data.prompt_ids(words, [PROBLEM], config_of().prompt)[0]).endswith("<|im_end|>")
-    with pytest.raises(UserError, match="no system role.*prompt.system"):
-        data.prompt_ids(words, [PROBLEM], config_of("prompt.system=Think.").prompt)
+        assert models.stop_ids(model, without_template(9)) == expected
+    with pytest.raises(UserError, match="the model has no stop token"):
+        models.stop_ids(model, without_template(None))
 
 
 @pytest.mark.parametrize("chat", [True, False])
-@pytest.mark.parametrize("family, ends", [("qwen", ["<|endoftext|>", "<|im_end|>"]),
-                                          ("llama", ["<|end_of_text|>", "<|eot_id|>"])])
+@pytest.mark.parametrize(
+    "family, ends",
+    [("qwen", ["<|endoftext|>", "<|im_end|>"]), ("llama", ["<|end_of_text|>", "<|eot_id|>"])],
+)
 def test_the_end_of_a_turn_and_of_a_text_both_stop(family, ends, chat):
     words = tokenizer(family, chat=chat)
-    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=words.eos_token_id))
-    assert models.stop_ids(model, words) == sorted(words.convert_tokens_to_ids(ends))
-
-
-def test_a_template_that_says_the_date_says_the_same_tomorrow():
-    words = tokenizer("qwen", chat=True)
-    plain = words.chat_template
-    for own, said in (("{{ strftime_now('%d %b %Y') }}", "26 Jul 2024"), ("", ""),
-                      ("{% if strftime_now is defined %}{{ strftime_now('%s') }}{% endif %}", "26 Jul 2024")):
-        words.chat_template = "\n  " + plain + own
-        assert models.from_template(words, [{"role": "user", "content": "?"}]) == models.from_template(
-            words, [{"role": "user", "content": "?"}], chat_template="\n  " + plain + said)
-
-
-def test_a_template_that_does_not_end_is_told(monkeypatch):
-    monkeypatch.setattr(models, "TEMPLATE_SECONDS", 0.2)
-    words = tokenizer("qwen", chat=True)
-    words.chat_template = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
-    with pytest.raises(UserError, match="chat template .*longer than 0.2 s"):
-        models.encode_prompts(words, ["2?"])
+    eos = SimpleNamespace(eos_token_id=words.eos_token_id)
+    stop = models.stop_ids(SimpleNamespace(generation_config=eos), words)
+    assert stop == sorted(words.convert_tokens_to_ids(ends))
+    assert all(repr(end) in models.describe_ids(stop, words) for end in ends)
 
 
 def test_a_chat_templates_own_end_of_turn_stops():
     words = tokenizer("qwen", chat=True)
-    words.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}<|im_start|>{% endfor %}"
-    assert words.convert_tokens_to_ids("<|im_start|>") == models.turn_end(words)
-    words.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"  # none: a line break
+    turn = "{% for m in messages %}[{{ m.role }}] {{ m.content }}"
+    words.chat_template = turn + "<|im_start|>{% endfor %}"
+    assert models.turn_end(words) == words.convert_tokens_to_ids("<|im_start|>")
+    words.chat_template = turn + "\n{% endfor %}"  # it has none: a line break
     assert models.turn_end(words) is None
+
+
+def test_stop_ids_are_saved_with_the_model(tmp_path):
+    """Also if transformers refuses to save its generation settings, as those of Llama 2: a
+    temperature without do_sample.
+    """
+    source = folder(tmp_path / "model", "llama", chat=False)
+    settings = {"temperature": 0.6, "bos_token_id": 3, "pad_token_id": 4, "eos_token_id": 5}
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(settings))
+    model, _ = models.load(source)
+    models.set_stop(model, [5, 6])
+    model.save_pretrained(tmp_path / "saved")
+    saved = GenerationConfig.from_pretrained(tmp_path / "saved")
+    assert (saved.eos_token_id, saved.bos_token_id, saved.pad_token_id) == ([5, 6], 3, 4)
+    model.generation_config = GenerationConfig(do_sample=True, temperature=0.6, eos_token_id=5)
+    models.set_stop(model, [5])
+    assert model.generation_config.temperature == 0.6
+    assert model.generation_config.eos_token_id == [5]
+
+
+# ---------------------------------------------------------------- chat templates
+
+
+def test_a_template_that_prints_the_date_prints_the_same_tomorrow():
+    words = tokenizer("qwen", chat=True)
+    date = "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b') %}"
+    words.chat_template = date + "{% endif %}Today is {{ date_string }}."
+    assert models.render_chat(words, [{"role": "user", "content": "?"}]) == "Today is 26 Jul 2024."
+
+
+@pytest.mark.parametrize(
+    "error", ["{{ raise_exception('no system role') }}", "{{ 1 / 0 }}", "{% x"]
+)
+def test_a_template_that_fails_is_one_line(error):
+    """Such as Gemma's, which refuses a system message."""
+    words = tokenizer("qwen", chat=True)
+    turn = "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
+    condition = "{% if messages[0].role == 'system' %}"
+    words.chat_template = f"{condition}{error}{{% endif %}}{turn}"
+    problem = {"problem": r"What is $\frac{4}{2}$, {dear}?", "answer": "2"}
+    if error != "{% x":
+        ids = data.prompt_ids(words, [problem], config_of().prompt)[0]
+        assert words.decode(ids).endswith("<|im_end|>")
+    with pytest.raises(UserError, match="chat template refuses the prompt [^\n]*prompt.system"):
+        data.prompt_ids(words, [problem], config_of("prompt.system=Think.").prompt)

@@ -1,102 +1,146 @@
-"""AdamW on masters: torch's own AdamW as the reference, and shards that make the same whole."""
+"""MasterAdamW against torch's AdamW, and shards that make the same whole on any number of ranks."""
 
 import pytest
 import torch
+from helpers import ALONE
+from torch.optim import AdamW
 
-from support import distributed
-from support.optimizer import MasterAdamW, owners
+from support import optimizer
+from support.config import UserError
+from support.distributed import World
+from support.optimizer import MasterAdamW, assign_owners
 
 SHAPES = {"a": (7, 5), "b": (40,), "c": (3, 3), "d": (1,)}
 
 
-def weights(dtype, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return {name: torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype))
-            for name, shape in SHAPES.items()}
-
-
-def gradients(step, dtype):
-    generator = torch.Generator().manual_seed(100 + step)
-    return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in SHAPES.items()}
-
-
-def train(optimizer, parameters, steps, lr=None):
-    dtype = parameters["a"].dtype
-    for step in steps:
-        for name, gradient in gradients(step, torch.bfloat16).items():
-            parameters[name].grad = gradient.to(dtype)
-        for group in optimizer.param_groups:
-            group["lr"] = lr or 1e-2 / (1 + step)  # as train.set_rate does
-        optimizer.step()
+def make_parameters(dtype):
+    generator = torch.Generator().manual_seed(0)
+    parameters = {}
+    for name, shape in SHAPES.items():
+        weights = torch.randn(shape, generator=generator).to(dtype)
+        parameters[name] = torch.nn.Parameter(weights)
     return parameters
 
 
-@pytest.mark.parametrize("offload", [False, True])
-def test_fp32_is_torch_adamw_bit_for_bit(offload, monkeypatch):
-    """Offloaded: what visits the device is a copy, as it is with a GPU, so that the state has to come back."""
-    monkeypatch.setattr(distributed, "visit", lambda x, device: x.clone() if offload else x)
-    own, expected = weights(torch.float32), weights(torch.float32)
-    optimizer = MasterAdamW(own.items(), lr=1.0, weight_decay=0.1, offload=offload)
-    train(optimizer, own, range(30))
-    train(torch.optim.AdamW(expected.values(), lr=1.0, weight_decay=0.1), expected, range(30))
-    assert all(torch.equal(own[name], expected[name]) for name in SHAPES)
+def copy_of(parameters, dtype=None):
+    return {
+        name: torch.nn.Parameter(p.detach().to(dtype, copy=True)) for name, p in parameters.items()
+    }
+
+
+def take_steps(optimizer, parameters, steps, lr=None):
+    """Take steps with gradients that are a function of the step, rounded to bf16."""
+    for step in steps:
+        generator = torch.Generator().manual_seed(100 + step)
+        for parameter in parameters.values():
+            gradient = torch.randn(parameter.shape, generator=generator).bfloat16()
+            parameter.grad = gradient.to(parameter.dtype)
+        for group in optimizer.param_groups:
+            group["lr"] = lr or 1e-2 / (1 + step)  # as train.set_learning_rate does
+        optimizer.step()
+
+
+def make_optimizer(parameters, world=ALONE, **changes):
+    return MasterAdamW(parameters.items(), world, **{"lr": 1.0, "weight_decay": 0.1} | changes)
+
+
+def assert_equal(parameters, expected):
+    for name in SHAPES:
+        assert torch.equal(parameters[name], expected[name]), name
+
+
+def test_fp32_is_torch_adamw_bit_for_bit():
+    parameters = make_parameters(torch.float32)
+    expected = copy_of(parameters)
+    take_steps(make_optimizer(parameters), parameters, range(30))
+    take_steps(AdamW(expected.values(), weight_decay=0.1), expected, range(30))
+    assert_equal(parameters, expected)
 
 
 def test_bf16_weights_are_the_rounding_of_fp32_masters():
-    own = weights(torch.bfloat16)
-    masters = {name: torch.nn.Parameter(p.detach().float()) for name, p in own.items()}
-    before = {name: p.detach().clone() for name, p in masters.items()}
-    straight = weights(torch.bfloat16)
-    train(MasterAdamW(own.items(), lr=1.0, weight_decay=0.0), own, range(300), lr=1e-5)
-    train(torch.optim.AdamW(masters.values(), weight_decay=0.0), masters, range(300), lr=1e-5)
-    train(torch.optim.AdamW(straight.values(), weight_decay=0.0), straight, range(300), lr=1e-5)
-    assert all(torch.equal(own[name], masters[name].bfloat16()) for name in SHAPES)
+    parameters = make_parameters(torch.bfloat16)
+    before = copy_of(parameters, torch.float32)
+    masters = copy_of(before)
+    without_masters = copy_of(parameters)
+    take_steps(make_optimizer(parameters, weight_decay=0.0), parameters, range(300), lr=1e-5)
+    for others in (masters, without_masters):
+        take_steps(AdamW(others.values(), weight_decay=0.0), others, range(300), lr=1e-5)
+    assert_equal(parameters, {name: p.bfloat16() for name, p in masters.items()})
 
-    def moved(parameters):
-        return sum((parameters[name].float() - before[name]).abs().sum().item() for name in SHAPES)
+    def change(parameters):
+        return sum((p.float() - before[name]).abs().sum().item() for name, p in parameters.items())
 
-    assert moved(straight) < 0.3 * moved(masters)  # why there are masters
+    assert change(without_masters) < 0.3 * change(masters)  # why there are masters
+
+
+class Elsewhere(torch.Tensor):
+    """State in host memory: what comes to the device is a copy, as it is with a GPU."""
+
+    def to(self, *arguments, **named):
+        return self.clone().as_subclass(torch.Tensor)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_offloaded_state_comes_back_from_the_device(monkeypatch, dtype):
+    monkeypatch.setattr(optimizer, "pinned_copy", lambda x: x.clone().as_subclass(Elsewhere))
+    parameters = make_parameters(dtype)
+    expected = copy_of(parameters)
+    offloading = make_optimizer(parameters, offload=True)
+    assert all(
+        isinstance(x, Elsewhere) for state in offloading.state.values() for x in state.values()
+    )
+    take_steps(offloading, parameters, range(10))
+    take_steps(make_optimizer(expected), expected, range(10))
+    assert_equal(parameters, expected)
+
+
+def train_as_ranks(count, start, steps, shards=None):
+    """Return the parameters, each from the rank that owns it, and the shards after some steps."""
+    result = {}
+    new_shards = []
+    for rank in range(count):
+        parameters = copy_of(start)
+        of_rank = make_optimizer(parameters, World(rank, count))
+        if shards:
+            of_rank.load_shards(shards)
+        take_steps(of_rank, parameters, steps)
+        new_shards.append(of_rank.shard())
+        for name in SHAPES.keys() - of_rank.share().keys():
+            assert torch.equal(parameters[name], start[name])
+        result |= of_rank.share()
+    assert sum(len(shard["state"]) for shard in new_shards) == len(SHAPES)  # each parameter once
+    return {name: result[name] for name in SHAPES}, new_shards
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("later", [1, 3])
-def test_shards_are_saved_and_shared_out_anew(monkeypatch, tmp_path, dtype, later):
-    """Two ranks for 5 steps, saved; then 1 or 3 ranks for 5 more: bit for bit one rank's 10 steps."""
-    whole = weights(dtype)
-    train(MasterAdamW(whole.items(), lr=1.0, weight_decay=0.1), whole, range(10))
-
-    def as_rank(rank, ranks):
-        monkeypatch.setattr(distributed, "rank", lambda: rank)
-        monkeypatch.setattr(distributed, "size", lambda: ranks)
-
-    def team(ranks, start, shards=None):
-        """What each rank would hold: its own parameters stepped, the others' not."""
-        made, result = [], {}
-        for rank in range(ranks):
-            as_rank(rank, ranks)
-            mine = {name: torch.nn.Parameter(p.detach().clone()) for name, p in start.items()}
-            optimizer = MasterAdamW(mine.items(), lr=1.0, weight_decay=0.1)
-            if shards:
-                optimizer.load_shards(shards)
-            train(optimizer, mine, range(5, 10) if shards else range(5))
-            torch.save(optimizer.shard(), tmp_path / f"{rank}.pt")
-            made.append(torch.load(tmp_path / f"{rank}.pt", weights_only=True))
-            result |= {name: mine[name] for name in optimizer.own()}
-        assert sum(len(shard["state"]) for shard in made) == len(SHAPES)  # each parameter once
-        return {name: result[name] for name in start}, made
-
-    half, shards = team(2, weights(dtype))
-    end, _ = team(later, half, shards)
-    assert all(torch.equal(end[name], whole[name]) for name in SHAPES)
-    as_rank(0, 1)
-    with pytest.raises(KeyError):
-        MasterAdamW(half.items(), lr=1.0, weight_decay=0.0).load_shards(shards[:1])
-    other = weights({torch.float32: torch.bfloat16, torch.bfloat16: torch.float32}[dtype])
-    with pytest.raises(KeyError):  # with masters, or without, where there are none, or some
-        MasterAdamW(other.items(), lr=1.0, weight_decay=0.0).load_shards(shards)
+def test_shards_are_saved_and_shared_out_anew(tmp_path, dtype, later):
+    """Two ranks take 5 steps and save; then 1 or 3 ranks take 5 more: one rank's 10 steps."""
+    expected = make_parameters(dtype)
+    take_steps(make_optimizer(expected), expected, range(10))
+    middle, shards = train_as_ranks(2, make_parameters(dtype), range(5))
+    torch.save(shards, tmp_path / "shards.pt")
+    shards = torch.load(tmp_path / "shards.pt", weights_only=True)
+    parameters, _ = train_as_ranks(later, middle, range(5, 10), shards)
+    assert_equal(parameters, expected)
+    with pytest.raises(UserError, match="the checkpoint has no exp_avg for"):
+        make_optimizer(middle).load_shards(shards[:1])
 
 
-def test_owners_have_equal_loads():
+def test_a_shard_that_does_not_fit_is_an_error():
+    half = make_optimizer(make_parameters(torch.bfloat16))
+    full = make_optimizer(make_parameters(torch.float32))
+    with pytest.raises(UserError, match="no master for a: it was saved with another precision="):
+        half.load_shards([full.shard()])
+    wider = make_parameters(torch.float32)
+    wider["c"] = torch.nn.Parameter(torch.zeros(3, 4))
+    with pytest.raises(UserError, match="no exp_avg for c"):
+        make_optimizer(wider).load_shards([full.shard()])
+
+
+def test_ranks_have_equal_loads():
     sizes = [100, 1, 1, 50, 50, 3]
-    loads = [sum(size for size, owner in zip(sizes, owners(sizes, 2)) if owner == rank) for rank in range(2)]
-    assert sorted(loads) == [102, 103] and owners(sizes, 1) == [0] * 6
+    owners = assign_owners(sizes, 2)
+    loads = [sum(size for size, owner in zip(sizes, owners) if owner == rank) for rank in range(2)]
+    assert sorted(loads) == [102, 103]
+    assert assign_owners(sizes, 1) == [0] * 6

@@ -1,0 +1,1 @@
+"""The paper's tables and figures, and what it leaves open; nothing else imports this."""
