@@ -1,4 +1,4 @@
-"""Problems: the Countdown generator, files and data sets, prompts, and what is held out.
+"""Provides problems: the Countdown generator, files, data sets, prompts and held-out problems.
 
 A problem is a dict. Countdown: {"numbers": [3, 5, 7, 2], "target": 24}, "use each number once to
 reach the target", answered by a chain of steps: `3*5=15, 15+7=22, 22+2=24`. Mathematics:
@@ -33,8 +33,8 @@ BENCHMARKS = {
 def is_heldout(numbers: list[int], target: int) -> bool:
     """Return whether a Countdown problem is in the tenth that is kept for evaluation.
 
-    This depends on nothing but the problem, whatever the order of its numbers. So what draws with
-    heldout=False (warm start, training) can never meet a held-out problem.
+    This depends on nothing but the problem, whatever the order of its numbers. So a model whose
+    training data leave these problems out has never seen one in evaluation.
     """
     key = f"{sorted(numbers)} -> {target}"
     return zlib.crc32(key.encode()) % 10 == 0
@@ -57,7 +57,7 @@ def random_chain(rng: random.Random, *, numbers: int, largest: int, limit: int) 
         if b and a % b == 0:
             results["/"] = a // b
         results = {op: value for op, value in results.items() if 0 <= value <= limit}
-        if not results:  # only if a < b and a + b > limit; b - a is always allowed
+        if not results:  # happens only if a < b and a + b > limit; b - a is always allowed
             a, b = b, a
             results = {"-": a - b}
         op = rng.choice(sorted(results))
@@ -73,7 +73,7 @@ def countdown(count: int, *, heldout: bool, numbers: int, largest: int, limit: i
     """
     rng = random.Random(f"countdown {heldout}")
     problems: dict[str, dict] = {}
-    # numbers in any order, and a target
+    # an upper bound: the numbers in any order, times the targets
     possible = math.comb(largest + numbers - 1, numbers) * (limit + 1)
     attempts = min(100 * count, 2_000_000) if count <= possible else 0
     for _ in range(attempts):
@@ -141,7 +141,7 @@ def read_rows(source: str) -> Iterator[tuple[str, object]]:
             yield f"row {number}", row
         return
     try:
-        # -sig: some editors write a mark in front
+        # -sig drops the byte order mark that some editors write at the start
         lines = Path(source).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{source} cannot be read: {error}") from None
@@ -158,7 +158,7 @@ def read_rows(source: str) -> Iterator[tuple[str, object]]:
 def load_dataset(source: str):
     """Load a local .json, .csv or .parquet file, or a data set from the hub.
 
-    The hub's are written owner/name@split or owner/name:config@split.
+    A data set from the hub is written owner/name@split or owner/name:config@split.
     """
     builder = Path(source).suffix.removeprefix(".")
     hub = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?@([\w.-]+)", source)
@@ -176,7 +176,7 @@ def load_dataset(source: str):
         if is_file:
             return datasets.load_dataset(builder, data_files=source, split="train")
         return datasets.load_dataset(hub[1], hub[2], split=hub[3])
-    except Exception as error:  # the library, the hub's client and the network raise what they like
+    except Exception as error:  # the library and the hub's client raise many kinds of errors
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise UserError(
             f"{source} cannot be loaded ({reason}): check the name and the network"
@@ -186,7 +186,7 @@ def load_dataset(source: str):
 def countdown_problem(row: dict) -> dict:
     numbers = row.get("numbers")
     target = row.get("target")
-    # type() and not isinstance(): True is an int
+    # type() and not isinstance(), because True is an int
     if not (
         isinstance(numbers, list) and numbers and {type(x) for x in [*numbers, target]} == {int}
     ):
@@ -195,10 +195,10 @@ def countdown_problem(row: dict) -> dict:
 
 
 def math_problem(row: dict, problem_field: str, answer_field: str) -> dict:
-    """Turn a row as its authors published it into a problem.
+    """Turn a row of a data set into {"problem": text, "answer": text}.
 
-    Its answer is "" if the row has no usable one. auto: the text is in problem, question or prompt;
-    the answer in answer, or else in solution.
+    The answer is "" if the row has no usable one. With "auto" the text is read from the field
+    problem, question or prompt, and the answer from answer, or else from solution.
     """
     row = {str(key).lower(): value for key, value in row.items()}
     names = ["problem", "question", "prompt"]
@@ -347,9 +347,9 @@ def hold_out(
 
 
 def is_validation(problem: dict, fraction: float) -> bool:
-    """Return whether a problem is in this share of all problems.
+    """Return whether a problem is in the share `fraction` of problems that is held out.
 
-    It depends on nothing but the problem's text.
+    This depends on nothing but the problem's text.
     """
     return zlib.crc32(problem["problem"].encode()) < fraction * 2**32
 

@@ -5,9 +5,10 @@
     python evaluate.py recipe=runs/a/config.yaml model=runs/a/model "data=[gsm8k,math500,amc]"
     torchrun --nproc_per_node=4 evaluate.py model=... samples=128
 
-Samples at the training temperature from the full distribution, with the code and the grader of
-training. Each result is kept in evaluations/ and used again if the same model is evaluated on the
-same problems with the same settings. Shapes: P problems, n samples each.
+Completions are sampled at the training temperature from the full distribution, by the same code
+and with the same grader as in training. Each result is kept in evaluations/ and used again if the
+same model is evaluated on the same problems with the same settings. Shapes: P problems, n samples
+of each.
 """
 
 import json
@@ -41,18 +42,18 @@ from support.distributed import World, note
 from support.files import file_name, fingerprint, replace_text
 from support.log import versions
 
-EVALUATION_STEP = -1  # the `step` of every evaluation's random numbers: no training step has it
+EVALUATION_STEP = -1  # the `step` that seeds evaluations; no training step has this number
 
-# The command's own settings.
+# Settings of this command only.
 SETTINGS = {
     "data": "auto",  # problem file, or several as [a,b]; auto: generated Countdown problems
     "problems": 200,  # number of problems per file
     "samples": 16,  # completions per problem
-    "k": "auto",  # of Pass@k, as [1,8,64]; auto: the powers of two below samples
-    "show": 0,  # print completions of so many of the easiest and hardest problems
-    "out": "auto",  # name of the result, evaluations/<out>.json
+    "k": "auto",  # the k of Pass@k, such as [1,8,64]; auto: the powers of two below samples
+    "show": 0,  # number of easiest and of hardest problems whose completions are printed
+    "out": "auto",  # the result is evaluations/<out>.json; auto: from model, data and settings
 }
-# What it uses of config.yaml.
+# The settings of config.yaml that it uses; a name that ends with a dot is a group of settings.
 USED_SETTINGS = (
     "recipe",
     "model",
@@ -76,9 +77,9 @@ USED_SETTINGS = (
 def pass_at_k(num_samples, num_correct, k: int):
     """Estimate the probability that k samples contain a correct one: 1 - C(n-c, k) / C(n, k).
 
-    This is the unbiased estimator of Chen et al. (2021), as the product 1 - prod_{j=n-c+1..n} (1 -
-    k/j), which cannot overflow. num_samples and num_correct are whole numbers or arrays of them;
-    returns the same shape.
+    This is the unbiased estimator of Chen et al. (2021). It is computed as a product, which cannot
+    overflow: 1 - prod_j (1 - k/j) over j = n-c+1, ..., n. num_samples and num_correct are whole
+    numbers or arrays of them; the result has their shape.
 
     >>> pass_at_k(4, 1, 2)
     0.5
@@ -98,8 +99,9 @@ def pass_at_k(num_samples, num_correct, k: int):
 def majority_at_k(answers, correct, k: int):
     """Estimate the chance that the most frequent of k answers is correct.  [P, n] -> [P]
 
-    Tied answers count by their share. answers are numbers that identify the distinct answers of a
-    problem. The result is the mean over n // k disjoint blocks of k samples.
+    If several answers are equally frequent, the share of them that is correct counts. `answers` are
+    numbers that identify the distinct answers of a problem. The result is the mean over n // k
+    disjoint blocks of k samples.
     """
     problems = len(answers)
     blocks = answers.shape[1] // k
@@ -122,9 +124,10 @@ def d_collapse(base_entropy, entropy, *, fraction: float = 0.2) -> float:
     """Return the relative loss of forking tokens, 1 - f(model) / f(base).  Section 4.2
 
     It is 0 for the base model itself, and 1 if no forking token is left. A forking token is one
-    whose entropy exceeds h*, which `fraction` of the base model's tokens do. base_entropy and
-    entropy are the token entropies of each model on its own rollouts. f(base) is counted and not
-    assumed to be `fraction`, because ties at h* would otherwise look like collapse.
+    whose entropy exceeds h*, the threshold that `fraction` of the base model's tokens exceed, and f
+    is the share of forking tokens. base_entropy and entropy are the token entropies of each model
+    on its own rollouts. f(base) is counted and not assumed to be `fraction`, because ties at h*
+    would otherwise look like collapse.
     """
     base_entropy = np.asarray(base_entropy).ravel()
     entropy = np.asarray(entropy).ravel()
@@ -139,9 +142,9 @@ def d_collapse(base_entropy, entropy, *, fraction: float = 0.2) -> float:
 
 @dataclass
 class Estimate:
-    """A metric: offset + scale * sum_p top_p / sum_p bottom_p over problems p.
+    """Holds a metric, offset + scale * sum_p top_p / sum_p bottom_p over problems p.
 
-    A plain mean has bottom 1.
+    For a plain mean over problems `bottom` is 1.
     """
 
     top: np.ndarray  # [P]
@@ -155,9 +158,9 @@ class Estimate:
 
     @property
     def error(self) -> float | None:
-        """The standard error over problems, None for one problem.
+        """Return the standard error over problems, or None if there is only one problem.
 
-        The samples of one problem are not independent, so they count as one.
+        The samples of one problem are not independent, so a problem counts as one observation.
         """
         problems = len(self.top)
         if problems < 2:
@@ -186,7 +189,7 @@ def difference(
 
 @dataclass
 class Evaluation:
-    """The results of n samples of each of P problems.
+    """Holds the results of n samples of each of P problems.
 
     Token entropies are flat, in the order of the completions.
     """
@@ -219,7 +222,7 @@ class Evaluation:
     def metrics(self, ks, base: "Evaluation | None" = None) -> dict[str, Estimate]:
         """Return every metric in the order of the table.
 
-        d_collapse only if `base`, the base model's result, is given.
+        d_collapse is included only if `base`, the result of the base model, is given.
         """
         problems, samples = self.correct.shape
         first_16 = self.correct[:, :16]
@@ -249,7 +252,7 @@ class Evaluation:
         return metrics
 
     def summary(self, base: "Evaluation | None" = None, ks=(1, 4, 16, 64, 128)) -> dict[str, tuple]:
-        """Return {metric: (value, standard error)} for the k that there are samples for."""
+        """Return {metric: (value, standard error)}; a k above the number of samples is left out."""
         ks = [k for k in ks if k <= self.correct.shape[1]]
         return {
             name: (metric.value, metric.error) for name, metric in self.metrics(ks, base).items()
@@ -262,9 +265,10 @@ class Evaluation:
 def sample_rows(
     model, tokenizer, problems, rows, config, world, *, samples: int, seed: int, progress=None
 ) -> tuple[Rollout, Tensor, list[str]]:
-    """Sample and grade some completions of an evaluation: row i is of problem i // samples.
+    """Sample and grade some completions of an evaluation: row i belongs to problem i // samples.
 
-    The same rows always give the same completions. Returns the rollout, correct [rows], the texts.
+    The same rows always give the same completions. Returns the rollout, correct [rows], and
+    the texts.
     """
     prompts = data.prompt_ids(tokenizer, problems, config.prompt)
     models.check_lengths(model.config, prompts, config.max_new_tokens)
@@ -385,7 +389,7 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
 def metrics_table(summaries: dict[str, dict[str, tuple]]) -> str:
     """Write a table with a row per metric and a column per model: value ± standard error."""
     names = dict.fromkeys(name for summary in summaries.values() for name in summary)
-    names.pop("differences", None)  # from the first model; they have a table of their own
+    names.pop("differences", None)  # print_comparison writes a table of them
     rows = []
     for name in names:
         row = [name]
@@ -431,7 +435,7 @@ def main(arguments: list[str]) -> None:
 
 
 def load_evaluation_config(arguments: list[str]):
-    """Read config.yaml, a recipe, and this command's own settings and arguments over both.
+    """Read config.yaml and a recipe, then this command's settings and arguments over both.
 
     The problems are those of `evaluation.data`, unless data= names others.
     """
@@ -444,8 +448,8 @@ def load_evaluation_config(arguments: list[str]):
     recipe = [argument for argument in arguments if argument.startswith("recipe=")]
     others = [argument for argument in arguments if not argument.startswith("recipe=")]
     training = load_config(recipe)
-    own = {"data": training.evaluation.data, "problems": training.evaluation.problems}
-    config = load_config(others, flatten(training) | SETTINGS | own)
+    heldout = {"data": training.evaluation.data, "problems": training.evaluation.problems}
+    config = load_config(others, flatten(training) | SETTINGS | heldout)
     require(
         "auto" not in split_list(config.data) or training.data == "countdown",
         f"recipe={training.recipe} evaluates on a share of its training file: give data=FILE",
@@ -455,8 +459,8 @@ def load_evaluation_config(arguments: list[str]):
         name not in ("", ".", "..") and Path(name).name == name,
         f"out={name}: give a plain name; the results go to evaluations/<out>.json",
     )
-    taken = Path("evaluations") / f"{name}.json"
-    require(not taken.exists(), f"out={name}: {taken} exists: give another name, or delete it")
+    path = Path("evaluations") / f"{name}.json"
+    require(not path.exists(), f"out={name}: {path} exists: give another name, or delete it")
     check_grader(config.grader)
     return config
 
@@ -464,16 +468,16 @@ def load_evaluation_config(arguments: list[str]):
 def parse_ks(text: str, samples: int) -> list[int]:
     """Return the k of Pass@k: a list such as [1,8,64], or auto.
 
-    auto: the powers of two below the number of samples.
+    auto stands for the powers of two below the number of samples.
     """
     if text == "auto":
         return [2**i for i in range(20) if 2**i < max(samples, 2)]
-    words = split_list(text)
+    texts = split_list(text)
     require(
-        all(word.isdecimal() and int(word) > 0 for word in words),
+        all(k.isdecimal() and int(k) > 0 for k in texts),
         f"k={text}: give whole numbers, as in [1,8,64]",
     )
-    ks = sorted({int(word) for word in words})
+    ks = sorted({int(k) for k in texts})
     require(
         ks[-1] <= samples, f"k={ks[-1]} with samples={samples}: Pass@k needs at least k samples"
     )
@@ -580,13 +584,14 @@ def print_comparison(file: str, report: dict[str, dict], problems: int, config) 
 def print_examples(
     name: str, model, tokenizer, problems, result: Evaluation, config, world: World
 ) -> None:
-    """Print completions of the problems that most samples solve and that fewest do."""
+    """Print a correct and a wrong completion of each of the easiest and hardest problems."""
     samples = config.samples
     order = np.argsort(-result.correct.sum(axis=1), kind="stable").tolist()
     for index in dict.fromkeys(order[: config.show] + order[-config.show :]):
         print(f"\n{name}, problem {index}: {result.correct[index].sum()} of {samples} correct")
         print(f"  {json.dumps(problems[index])}")
-        rows = range(index * samples, (index + 1) * samples)  # sampled again: nothing was kept
+        # sampled again, because an Evaluation has no texts
+        rows = range(index * samples, (index + 1) * samples)
         _, correct, texts = sample_rows(
             model, tokenizer, problems, rows, config, world, samples=samples, seed=config.seed
         )
@@ -605,7 +610,7 @@ def result_name(config) -> str:
 
 
 def write_report(report: dict, config) -> None:
-    """Write evaluations/<out>.json with date, versions and settings."""
+    """Write the results to evaluations/<out>.json, with date, versions and settings."""
     path = Path("evaluations") / f"{result_name(config)}.json"
     about = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -1,9 +1,9 @@
-"""The embedded default: a tiny model that knows Countdown's form but does not plan.
+"""Trains the default base model: a tiny model that knows Countdown's form but does not plan.
 
 It is trained by next-token prediction on random valid chains whose target is whatever they reach
-(data.random_chain). So it writes many different valid chains, of which few reach a given target:
-there is something to learn, and diversity to lose. It is saved as an ordinary Hugging Face folder
-and reused as long as its recipe is the same.
+(data.random_chain). So it writes many different valid chains, of which few reach a given target.
+Reinforcement learning can improve it, and can reduce the diversity of its chains. It is saved as an
+ordinary Hugging Face folder, and used again as long as `make_recipe` returns the same.
 """
 
 import json
@@ -23,11 +23,8 @@ from support.config import require
 from support.files import fingerprint, lock, replace_folder
 
 SYMBOLS = ["<pad>", "<eos>", "+", "-", "*", "/", "=", ",", "->", ":"]
-OTHER_KINDS = (
-    (3, 20),
-    (5, 20),
-    (4, 50),
-)  # it also sees problems with so many numbers, up to so much
+# Further kinds of problems in its training data: (how many numbers, the largest number).
+OTHER_KINDS = ((3, 20), (5, 20), (4, 50))
 HEADS = 4
 INTERMEDIATE = 256
 LEARNING_RATE = 3e-3
@@ -41,9 +38,8 @@ def resolve_model(config, world, name: str | None = None) -> str:
     recipe = make_recipe(config)
     folder = Path("runs") / f"toy-base-{fingerprint(recipe)}"
     if world.is_main and not folder.exists():
-        with lock(
-            folder.with_name("toy-base.lock"), wait=True
-        ):  # another run may be training the same one
+        # another run may be training the same model
+        with lock(folder.with_name("toy-base.lock"), wait=True):
             if not folder.exists():
                 save_base_model(folder, recipe)
     world.barrier()
@@ -53,7 +49,7 @@ def resolve_model(config, world, name: str | None = None) -> str:
 def make_recipe(config) -> dict:
     """Return everything that the base model depends on.
 
-    It has samples of the training data, in case the generator changes.
+    It includes examples of the training data, so that a change of the generator changes it too.
     """
     recipe = {
         "prompt": config.prompt.countdown,
@@ -82,10 +78,12 @@ def make_tokenizer(limit: int) -> PreTrainedTokenizerFast:
     The words are added tokens too, which are matched before the text is split: `3*5=15` needs no
     spaces.
     """
-    words = SYMBOLS + [str(number) for number in range(limit + 1)]
-    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+    vocabulary = SYMBOLS + [str(number) for number in range(limit + 1)]
+    tokenizer = Tokenizer(
+        WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<pad>")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.add_tokens([AddedToken(word, normalized=False) for word in words[2:]])
+    tokenizer.add_tokens([AddedToken(word, normalized=False) for word in vocabulary[2:]])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
 
 
@@ -104,7 +102,7 @@ def random_pairs(count: int, rng: random.Random, recipe: dict) -> list[tuple[str
 
 
 def blank_model(config):
-    """Return the model of `model=` without weights or memory, and its tokenizer."""
+    """Return the model of `model=` without weights (meta tensors), and its tokenizer."""
     if config.model != "toy":
         return models.load_blank(config.model)
     tokenizer = make_tokenizer(config.countdown.limit)
@@ -115,7 +113,7 @@ def model_shape(tokenizer, hidden: int, layers: int) -> SeedOssConfig:
     """Return the config of the toy model: the architecture of Qwen2, under the name of Seed-OSS.
 
     For a folder that says qwen2, transformers 5 loads Qwen2's byte-level tokenizer whatever
-    tokenizer.json says, and that one does not keep our words.
+    tokenizer.json says, and that tokenizer would split the words of this vocabulary.
     """
     require(hidden % (2 * HEADS) == 0, f"toy.hidden={hidden}: give a multiple of {2 * HEADS}")
     return SeedOssConfig(
@@ -141,7 +139,7 @@ def model_shape(tokenizer, hidden: int, layers: int) -> SeedOssConfig:
 def warm_start(recipe: dict):
     """Train the toy model on random chains by next-token prediction.
 
-    The loss is on the chain and its end only.
+    The loss is on the chain and the end token only.
     """
     settings = recipe["toy"]
     tokenizer = make_tokenizer(recipe["countdown"]["limit"])
@@ -161,7 +159,7 @@ def warm_start(recipe: dict):
     )
     for update in bar:
         tokens, labels = collate(random_pairs(settings["batch"], rng, recipe), tokenizer)
-        predicts_answer = labels[:, 1:] != -100  # the state before a token predicts it
+        predicts_answer = labels[:, 1:] != -100  # the hidden state before a token predicts it
         hidden = models.hidden_states(model, tokens[:, :-1])[predicts_answer]
         loss = torch.nn.functional.cross_entropy(
             model.lm_head(hidden), labels[:, 1:][predicts_answer]
@@ -182,9 +180,9 @@ def warm_start(recipe: dict):
 
 
 def collate(pairs: list[tuple[str, str]], tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return right-padded tokens and labels of prompts, chains and ends.  Both [b, T]
+    """Tokenize pairs and pad them on the right; return tokens and labels.  Both [b, T]
 
-    Labels are -100 outside the answer.
+    A label is -100 outside the answer, which is the chain and the end token.
     """
     prompts = tokenizer([prompt for prompt, _ in pairs]).input_ids
     answers = tokenizer([f"{chain} {tokenizer.eos_token}" for _, chain in pairs]).input_ids

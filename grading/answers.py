@@ -18,7 +18,7 @@ def extract_answer(text: str) -> str | None:
     text = text[-20_000:]
     answer = None
     answer_start = -1
-    open_braces = []  # for each where the content of its box starts, -1 if it opens none
+    open_braces = []  # for each, the start of the content of its box; -1 if it opens none
     for token in TOKEN.finditer(text):
         if token[0] == "{":
             open_braces.append(-1)

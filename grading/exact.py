@@ -12,7 +12,7 @@ What has no such form (sin x, 2^n, |x|) is an atom too, named by its canonical t
 roots count as positive. Nothing is rounded.
 
 Texts come from models, so work is bounded: digits, nesting and exponents have limits, and every
-product of terms is paid for from a budget.
+product of two terms spends from a budget.
 """
 
 import math
@@ -25,7 +25,7 @@ ONE = {(): Fraction(1)}  # the polynomial 1
 
 
 class NoValue(ValueError):
-    """The text is no expression, or too much work."""
+    """Says that a text is no expression, or that reading it is too much work."""
 
 
 class Budget:
@@ -93,7 +93,7 @@ def factorise(n: int, budget: Budget) -> dict:
 
 
 class Value:
-    """A quotient of two polynomials; its arithmetic is paid for from the budget."""
+    """Holds a quotient of two polynomials; its arithmetic spends from the budget."""
 
     def __init__(self, budget: Budget, numerator: dict, denominator: dict = ONE):
         if not denominator:
@@ -244,7 +244,7 @@ class Reader:
         self.tokens = [token for token in TOKEN.findall(text) if not token.isspace()] + ["end"]
         self.position = 0
         self.depth = 0
-        self.in_bars = False  # a | closes
+        self.in_bars = False  # inside |...|, where the next | closes
         self.budget = budget
 
     @property

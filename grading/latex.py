@@ -29,7 +29,7 @@ def repeating_decimal(match: re.Match) -> str:
 
 # (pattern, replacement), applied in this order. END stands for the end of a command or word.
 REWRITES = [
-    # dressing and spaces
+    # formatting and spaces
     (r"(?<=\d)\\,(?=\d{3}(?!\d))|\\!\s*|\\?\$|€|£|(?<!\\)\\[()\[\]]|\\boxedEND", ""),
     (r"\\(?:left|right|[bB]igg?[lr]?)END\.?|\\(?:displaystyle|limits|phantom|bf|rm|it)END", ""),
     (r"(?<!\\)\\[,;:> ]|~|\\q?quadEND|\s+", " "),
@@ -86,7 +86,7 @@ def normalise(text: str) -> str:
     """Rewrite an answer in one spelling, with text and units in quotes."""
     for pattern, replacement in REWRITES:
         text = pattern.sub(replacement, text)
-    if not re.search(r"[(\[]|\\{", text):  # within brackets a comma separates
+    if not re.search(r"[(\[]|\\{", text):  # within brackets a comma separates items
         text = THOUSANDS.sub(lambda number: number[0].replace(",", ""), text)
     return text.strip().rstrip(".,: ")
 

@@ -61,7 +61,7 @@ def answer_key(answer: str) -> str:
 
 
 class Node(NamedTuple):
-    r"""One node of an answer's tree.
+    r"""Holds one node of an answer's tree.
 
     kind                          content
     list, set, matrix, row        nodes
@@ -195,7 +195,7 @@ def is_match(a: Node, b: Node) -> bool:
 
 def is_ordered(a: Node, b: Node) -> bool:
     """Return whether two lists must have the same order: `x = 1, y = 2` against `1, 2`."""
-    counts = []  # of different names in x = 1, y = 2
+    counts = []  # how many different names each list has; x = 1, y = 2 has two
     for node in (a, b):
         names = {item.sides[0].partition("_")[0] for item in node.content if item.kind == "="}
         counts.append(len(names))

@@ -1,1 +1,1 @@
-"""The paper's tables and figures, and what it leaves open; nothing else imports this."""
+"""Reproduces the paper's tables and figures, and studies what it leaves open."""

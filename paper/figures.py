@@ -116,7 +116,7 @@ def bars(plot, runs: list[dict]):
 def over_shares(plot, runs: list[dict]):
     """Draw Pass@1 and the largest Pass@k against the share of tokens that paid (Figure 1).
 
-    The share is less than was asked for if too few tokens have a score.
+    The share is less than was asked for if too few tokens have a score above 0.
     """
     files, metrics = files_and_metrics(runs)
     figure, columns = panels(plot, runs, 2)
@@ -126,7 +126,7 @@ def over_shares(plot, runs: list[dict]):
             for form in dict.fromkeys(label for label, _ in rows):
                 of_form = [by_seed for row, by_seed in rows.items() if row[0] == form]
                 points = [over_seeds(by_seed, path) for by_seed in of_form]
-                if (form, None) in rows:  # without a penalty: a level
+                if (form, None) in rows:  # without a penalty: a horizontal line
                     x = [1, 100]
                     points *= 2
                 else:

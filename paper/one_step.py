@@ -1,11 +1,11 @@
-"""Take one real training step apart, number by number, for those who teach or learn the method.
+"""Explain one real training step number by number, for those who teach or learn the method.
 
     python -m paper.one_step                        # writes docs/one-step.md
     python -m paper.one_step step=0 out=first.md    # the first step, at which the KL is 0
 
 The page follows one step of train.py's default run. It shows a problem, its completions with their
 rewards and advantages, the tokens of one completion with their scores, which tokens are selected,
-and the loss. The steps before it are run first, and nothing of them is saved.
+and the loss. The steps before it are run first and are not saved.
 """
 
 import sys

@@ -1,16 +1,18 @@
-"""Reproduce the paper's tables and figures from as many runs of train.py as they take.
+"""Reproduce the paper's tables and figures by running train.py as often as they need.
 
     python -m paper.reproduce figure2                  # GRPO against SCOPE on 10 seeds
     python -m paper.reproduce table1 seeds=5 jobs=2    # all selections, two runs at a time
     python -m paper.reproduce all                      # everything, in the order of EXPERIMENTS
     python -m paper.reproduce tables                   # only write tables and pictures anew
     python -m paper.reproduce figure2 recipe=recipes/qwen2.5-7b.yaml data=math/train.jsonl \\
-        evaluation.data=[gsm8k,math500,amc] ranks=4    # the same with a real model, on GPUs
+        evaluation.data=[gsm8k,math500,amc] ranks=4 out=results/7b    # a real model, on GPUs
 
-Other key=value arguments go to every run. The results are results/WHAT/runs.jsonl (one line per
-run), table.md and figure.png. The same command again continues: a finished run is never repeated,
-an unfinished one is resumed. Without a recipe the columns are held-out Countdown problems: with 4
-numbers, as in training, with 3, with 5, and with larger ones.
+Other key=value arguments go to every run. The results are OUT/WHAT/runs.jsonl (one line per run),
+table.md and figure.png, where OUT is out= and by default results/. The same command again
+continues: a finished run is never repeated, and an unfinished one is resumed. So runs whose lines
+are in results/ are done again, or with other settings, only under another out=. Without a recipe
+the columns are held-out Countdown problems: with 4 numbers, as in training, with 3, with 5, and
+with larger ones.
 """
 
 import json
@@ -43,9 +45,9 @@ from support.log import FREE_ON_RESUME, versions
 
 SETTINGS = {
     "seeds": 0,  # 0: as many as the experiment has
-    "jobs": 1,  # runs at a time; with GPUs, each has `ranks` of them
+    "jobs": 1,  # runs at the same time; with GPUs, each uses `ranks` of them
     "ranks": 1,  # processes of each run
-    # lambda if the experiment does not vary it; chosen on seed 1000, which is not reported
+    # lambda if the experiment does not vary it; chosen on seeds that are not reported
     "rlvr_lambda": 0.03,
     "rlif_lambda": 0.3,
     "out": "results",
@@ -86,7 +88,7 @@ METHODS = {
 
 
 class Row(NamedTuple):
-    """One line of a table: its label, what its runs are called, and their settings.
+    """Describes a line of a table: its label, the name of its runs, and their settings.
 
     Rows of different experiments that train the same have the same name, and share runs.
     """
@@ -98,7 +100,7 @@ class Row(NamedTuple):
 
 
 def figure2(section: str, coef: float) -> list:
-    """List the baseline and SCOPE (Section 4.4)."""
+    """List the rows of Figure 2: the baseline and SCOPE (Section 4.4)."""
     baseline = BASELINE[section]
     return [
         Row(baseline, baseline, "selection.strategy=none"),
@@ -107,7 +109,7 @@ def figure2(section: str, coef: float) -> list:
 
 
 def table1(section: str, coef: float) -> list:
-    """List which tokens pay the penalty, each selection at several lambda (Section 4.2)."""
+    """List the rows of Table 1: each selection of tokens at several lambda (Section 4.2)."""
     rows = figure2(section, coef)[:1]
     for value in LAMBDAS:
         for label, strategy in SELECTIONS.items():
@@ -117,7 +119,7 @@ def table1(section: str, coef: float) -> list:
 
 
 def figure1(section: str, coef: float) -> list:
-    """List how many tokens pay (Section 4.1).
+    """List the rows of Figure 1: several shares of tokens that pay the penalty (Section 4.1).
 
     lambda weights the mean over the selected tokens (Eq. 15), or every token alike. At 100 % all
     tokens pay. Below, only tokens with a score above 0 can, which are about a third of all.
@@ -136,7 +138,7 @@ def figure1(section: str, coef: float) -> list:
 
 
 def table2(section: str, coef: float) -> list:
-    """List other objectives and rewards, alone and with SCOPE (Section 4.3)."""
+    """List the rows of Table 2: other objectives and rewards, with and without SCOPE (4.3)."""
     rows = []
     for label, overrides in METHODS[section].items():
         names = [label, f"{label} + SCOPE-{coef:g}"]
@@ -148,7 +150,7 @@ def table2(section: str, coef: float) -> list:
 
 
 class Experiment(NamedTuple):
-    """One table or figure."""
+    """Describes one table or figure."""
 
     rows: object  # the function that lists its rows
     draw: object
@@ -171,7 +173,7 @@ EXPERIMENTS = {
 
 
 def list_runs(name: str, config) -> dict:
-    """Return {name of a run: (what its line says, its overrides)}, seed by seed."""
+    """Return {name of a run: (start of its line in runs.jsonl, its overrides)}, seed by seed."""
     experiment = EXPERIMENTS[name]
     runs = {}
     for seed in range(config.seeds or experiment.seeds):
@@ -192,7 +194,7 @@ def write_jsonl(file: Path, rows: list[dict]) -> None:
 
 
 def countdown_files(folder: Path, kind: dict) -> list:
-    """Write files of held-out problems of training's kind and of three other kinds."""
+    """Write files of held-out problems of the kind that is trained on and of three others."""
 
     def problems(count: int, **changes) -> list:
         return countdown(count, heldout=True, **kind | changes)
@@ -214,9 +216,9 @@ def keys_of(overrides: list) -> set:
 
 
 def common_overrides(names: list, arguments: list, config) -> list:
-    """Return what every run is given; without a recipe or data, the held-out files of Countdown.
+    """Return the arguments that every run gets; raise UserError for those that the rows set.
 
-    Refuses what the rows set themselves.
+    Unless a recipe, data or a model is given, they evaluate on files of Countdown problems.
     """
     common = [argument for argument in arguments if not keys_of([argument]) & SETTINGS.keys()]
     given = keys_of(common)
@@ -243,7 +245,7 @@ def common_overrides(names: list, arguments: list, config) -> list:
 def launch(folder: Path, overrides: list, ranks: int, devices: list) -> dict:
     """Run train.py, or resume it from its last checkpoint; its output goes to runs/NAME.log.
 
-    Returns what the run's line says of it.
+    Returns the rest of the run's line in runs.jsonl.
     """
     command = [sys.executable]
     if ranks > 1:
@@ -255,7 +257,7 @@ def launch(folder: Path, overrides: list, ranks: int, devices: list) -> dict:
         "resume=auto",
     ]
     visible = devices.pop()
-    # runs share the cores: more threads only wait
+    # runs share the cores, and with more threads they would wait for each other
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": visible}
     with open(f"{folder}.log", "a") as log:
         run = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
@@ -268,7 +270,7 @@ def launch(folder: Path, overrides: list, ranks: int, devices: list) -> dict:
 
 
 def device_slots(jobs: int, ranks: int) -> list:
-    """Return, for each of the runs at a time, the GPUs that it may see."""
+    """Return the GPUs that each run may see, for as many runs as run at the same time."""
     every = ",".join(str(gpu) for gpu in range(torch.cuda.device_count()))
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", every).split(",")
     starts = [slot * ranks % len(gpus) for slot in range(jobs)]
@@ -278,7 +280,7 @@ def device_slots(jobs: int, ranks: int) -> list:
 def run_experiment(name: str, common: list, config) -> None:
     """Do all runs of an experiment; each becomes a line of runs.jsonl, in order.
 
-    A run of any experiment with the same name is not repeated.
+    A run that any experiment has finished under the same name is not repeated.
     """
     out = Path(config.out)
     results = out / name / "runs.jsonl"

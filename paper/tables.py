@@ -19,7 +19,7 @@ from evaluate import markdown_table
 from support.files import read_jsonl
 
 BASELINE = {"RLVR": "GRPO", "RLIF": "INTUITOR"}  # the method without a penalty, by section
-COMMON_LAMBDA = {"RLVR": 0.03, "RLIF": 0.3}  # of the second half of Table 1
+COMMON_LAMBDA = {"RLVR": 0.03, "RLIF": 0.3}  # lambda in the second half of Table 1
 HEAD = """# {0}
 
 Written by `python -m paper.reproduce {0}`. ± is half the 95 % interval over seeds (Student).
@@ -63,7 +63,7 @@ def t_test(values: list) -> tuple:
 def holm(p_values: list) -> np.ndarray:
     """Correct p-values for their number (Holm 1979); a nan stays and does not count.
 
-    The i-th smallest is multiplied by the count of those from it on.
+    The i-th smallest of n is multiplied by n - i + 1.
     """
     corrected = np.array(p_values)
     order = np.argsort(corrected)  # nan comes last
@@ -133,7 +133,7 @@ def row_label(row: tuple) -> str:
 
 
 def best_strengths(rows: dict) -> dict:
-    """Return, of the rows with the same label, the one with the highest Pass@1 on validation."""
+    """Return for each label the row with the highest Pass@1 on the validation problems."""
     path = ("trained", "validation", "pass@1")
     best = dict.fromkeys(label for label, _ in rows)
     for row in sorted(rows, key=lambda row: over_seeds(rows[row], path)[0]):

@@ -36,7 +36,7 @@ SETTINGS = {
     "continuations": 64,  # of each forced token
     "out": "analyses/tightness.md",
 }
-FORCED = 8  # tokens at each context
+FORCED = 8  # number of likely tokens that are forced at each context
 FIRST_STEP = -2  # each context has its own random numbers, of step -2, -3, ...
 
 # ---------------------------------------------------------------- the estimate
@@ -61,8 +61,8 @@ def decompose_context(
 
     p [k] sums to 1; successes bool [k, M] of the continuations; levels [2]: E|A| of a failure and
     of a success. Given its reward a completion's |A| does not depend on v, so alpha_v is linear in
-    the success rate of v. The null: every token has the context's own success rate, so that R is
-    nothing but the noise of M continuations.
+    the success rate of v. The null is the hypothesis that every token has the success rate of
+    the context, so that R is nothing but the noise of M continuations.
     """
     rates = successes.mean(axis=1)
     count = successes.shape[1]
@@ -77,7 +77,7 @@ def decompose_context(
 def tightness_ratio(
     contexts: np.ndarray, problems: np.ndarray
 ) -> tuple[float, float, float, float]:
-    """Return sum |R| / sum L, the ends of its 95 % interval, and its value under the null.
+    """Return sum |R| / sum L, the ends of its 95 % interval, and its null value.
 
     contexts [n, 4] are results of decompose_context, and problems [n] say where each is from. The
     interval is from a bootstrap over problems.
@@ -140,7 +140,7 @@ def follow(
 def measure_context(
     run: Run, problem: dict, rollout: Rollout, row: int, t: int, rng, step: int
 ) -> tuple[float, float, float, float]:
-    """Force the likely tokens at position t of a completion, and return decompose_context's."""
+    """Force the likely tokens at position t of a completion and decompose the context there."""
     probs = next_token_probs(run, rollout, row, t)
     tokens = likely_tokens(probs, int(rollout.tokens[row, t]))
     before = rollout.tokens[row, :t].tolist()

@@ -1,1 +1,1 @@
-"""What any trainer needs and nothing of the method: settings, ranks, files, models."""
+"""Provides what any trainer needs and nothing of the method: settings, ranks, files, models."""

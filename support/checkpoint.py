@@ -1,9 +1,9 @@
-"""Checkpoints: runs/<name>/checkpoints/step-NNNNNN/, from which a killed run is resumed.
+"""Saves and loads checkpoints in runs/<name>/checkpoints/, from which a killed run is resumed.
 
 A checkpoint holds the weights (a Hugging Face folder), every rank's share of the optimizer state,
 and state.json with the step and fingerprints of what the run began with. It is written as
-step-NNNNNN.tmp and then renamed: a folder without .tmp is complete. Random numbers need no state,
-because they are a function of (seed, step, row, position).
+step-NNNNNN.tmp and then renamed to step-NNNNNN, so a folder without .tmp is complete. Random
+numbers need no state, because they are a function of (seed, step, row, position).
 """
 
 import json
@@ -59,8 +59,8 @@ def latest(folder: Path) -> Path | None:
 def load(run, folder: Path) -> int:
     """Restore weights and optimizer state from a checkpoint and return its step.
 
-    Raises UserError if the run began with other data or another model, which is also the one that
-    KL is taken to.
+    Raises UserError if the run began with other data or another model. The model that the run began
+    with is also the reference of the KL penalty.
     """
     try:
         state = json.loads((folder / "state.json").read_text())
@@ -70,7 +70,7 @@ def load(run, folder: Path) -> int:
             )
             for rank in range(state["ranks"])
         ]
-    except Exception as error:  # torch raises what it likes about a damaged file
+    except Exception as error:  # torch raises many kinds of errors for a damaged file
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"{folder} cannot be read ({reason}): delete that folder to resume from the one before"

@@ -1,4 +1,4 @@
-"""Settings: config.yaml, a recipe and key=value arguments; errors in one line."""
+"""Loads settings from config.yaml, a recipe and key=value arguments; reports errors in one line."""
 
 import difflib
 import math
@@ -18,13 +18,13 @@ DEFAULTS = Path(__file__).parents[1] / "config.yaml"
 
 
 class UserError(Exception):
-    """A mistake of the user. Its message is one line that names the thing and says what to do."""
+    """Reports a mistake of the user in one line that names it and says what to do."""
 
     exit_code = 2
 
 
 class RunError(UserError):
-    """A run that has to stop although its settings are valid, such as a loss that is not finite."""
+    """Ends a run whose settings are valid, for example because the loss is not finite."""
 
     exit_code = 1
 
@@ -73,10 +73,10 @@ def one_line_errors() -> Iterator[None]:
 def load_config(arguments: list[str], defaults: dict | None = None) -> SimpleNamespace:
     """Read config.yaml, lay a recipe over it and key=value arguments over both.
 
-    `defaults` are a command's own further keys. Every value has the type of its default. With
+    `defaults` are keys that only this command has. Every value has the type of its default. With
     resume= and name= the settings of that run are laid over config.yaml first, so that a run is
-    resumed without repeating its arguments. Returns nested attributes, config.optimizer.lr; raises
-    UserError.
+    resumed without repeating its arguments. Returns nested attributes, such as config.optimizer.lr.
+    Raises UserError.
     """
     flat = read_defaults() | (defaults or {})
     overrides = {}
@@ -175,7 +175,7 @@ def to_tree(flat: dict) -> dict:
 def cast(key: str, value, default):
     """Convert a value to the type of its default, or raise UserError.
 
-    "1e-6" is a number and "true" a bool.
+    The text "1e-6" becomes a number and "true" a bool.
     """
     if key == "resume" and value == "auto":
         return value
@@ -212,10 +212,10 @@ def suggest(key: str, known: dict) -> str:
 
 
 def split_list(text: str) -> list[str]:
-    """Split `a,b` or `[a,b]` into its words."""
-    words = [word.strip() for word in text.strip("[]").split(",")]
-    require(all(words), f"{text}: give a word, or several as [a,b]")
-    return words
+    """Split `a,b` or `[a,b]` into its items."""
+    items = [item.strip() for item in text.strip("[]").split(",")]
+    require(all(items), f"{text}: give a word, or several as [a,b]")
+    return items
 
 
 def show_help(arguments: list[str], doc: str, defaults: dict | None = None) -> None:
@@ -231,7 +231,7 @@ def show_help(arguments: list[str], doc: str, defaults: dict | None = None) -> N
 
 # ---------------------------------------------------------------- checking
 
-# The smallest value of each number, and the numbers that are shares.
+# The smallest and the largest value of each number; SHARES are between 0 and 1.
 SMALLEST = {
     "show": 0,
     "problems": 1,
@@ -264,7 +264,7 @@ CHOICES = {
 
 
 def check(flat: dict) -> None:
-    """Check the range of every setting, and those that depend on each other; raise UserError."""
+    """Raise UserError if a setting is out of range or does not fit another setting."""
     for key, value in flat.items():
         if key in SMALLEST:
             require(value >= SMALLEST[key], f"{key}={value}: give at least {SMALLEST[key]}")
@@ -276,8 +276,8 @@ def check(flat: dict) -> None:
             require(value <= LARGEST[key], f"{key}={value}: give at most {LARGEST[key]}")
         if isinstance(value, float):
             require(math.isfinite(value), f"{key}={value}: give a number")
-    for key, words in CHOICES.items():
-        require(flat[key] in words, f"{key}={flat[key]}: give {' or '.join(words)}")
+    for key, choices in CHOICES.items():
+        require(flat[key] in choices, f"{key}={flat[key]}: give {' or '.join(choices)}")
     greedy = "is greedy decoding, which only evaluate.py does, with samples=1"
     require(flat["temperature"] > 0 or flat.get("samples") == 1, f"temperature=0 {greedy}")
     require(flat["forking_fraction"] < 1, "forking_fraction=1: give a share of the tokens below 1")

@@ -1,8 +1,8 @@
-"""Ranks: the same code for `python train.py` and for any number of processes under torchrun.
+"""Lets the same code run as one process (`python train.py`) or on many ranks under torchrun.
 
-`World` is this process among its ranks. Its methods are the only collectives of the program, and do
-nothing special when there is one process. Besides `one_line_errors`, only this file reads the
-variables that torchrun sets.
+`World` says which of the ranks this process is. Its methods are the only collectives of the
+program; without a process group they return at once. Besides `one_line_errors`, only this file
+reads the variables that torchrun sets.
 """
 
 import gc
@@ -30,7 +30,7 @@ from support.config import OUT_OF_MEMORY, RunError, UserError, require
 
 @dataclass(frozen=True)
 class World:
-    """This process among its ranks: its number, device, and the type of weights and gradients."""
+    """Says which rank this process is, on which device, and the dtype of weights and gradients."""
 
     rank: int = 0
     size: int = 1
@@ -43,7 +43,7 @@ class World:
 
     @property
     def hide_bar(self) -> bool | None:
-        """tqdm's `disable`: only rank 0 shows a bar, and only on a terminal (None)."""
+        """Return tqdm's `disable`: only rank 0 shows a bar, and only on a terminal (None)."""
         if self.is_main:
             return None
         return True
@@ -53,13 +53,13 @@ class World:
         return range(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
     def autocast(self):
-        """Run matrix products in bf16 over fp32 weights on CUDA; otherwise change nothing."""
+        """Return the context of a forward pass: bf16 matrix products for fp32 weights on CUDA."""
         if self.device.type == "cuda" and self.dtype == torch.float32:
             return torch.autocast("cuda", dtype=torch.bfloat16)
         return nullcontext()
 
     def ddp(self, module: torch.nn.Module) -> torch.nn.Module:
-        """Wrap a module whose forward is the loss, if there is a process group.
+        """Wrap a module whose forward is the loss in DDP, if there is a process group.
 
         Ranks exchange nothing but gradients. Buffers never change, so DDP need not broadcast them.
         """
@@ -190,8 +190,8 @@ def find_ranks(timeout: timedelta) -> dict:
     """Return the arguments of init_process_group by which ranks find each other.
 
     `torchrun --max-restarts` keeps one store, which then holds the addresses of the ranks of the
-    attempt before. So each attempt has its own prefix; but not on several machines, whose torchruns
-    count attempts apart.
+    attempt before. So each attempt has its own prefix. This is not done on several machines,
+    because each machine's torchrun counts its attempts by itself.
     """
     store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
     if os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:
@@ -201,13 +201,13 @@ def find_ranks(timeout: timedelta) -> dict:
 
 
 def set_cuda_options(dtype: torch.dtype) -> None:
-    """Set what sampling and scoring need of CUDA."""
+    """Set the CUDA options that sampling and scoring need."""
     # The KV cache grows token by token; without expandable segments that fragments GPU memory.
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     # cuDNN attention builds a new plan for every shape, that is for every decoded token.
     torch.backends.cuda.enable_cudnn_sdp(False)
-    # Our logits are fp32 products of bf16 numbers, which TF32 computes exactly.
+    # The logits are fp32 products of bf16 numbers, which TF32 computes exactly.
     if dtype == torch.bfloat16:
         torch.set_float32_matmul_precision("high")
 
@@ -237,19 +237,21 @@ def end_rank(world: World, error: Exception) -> None:
 class StopSignal:
     """Remembers that Ctrl-C or SIGTERM asked the run to stop after the current step.
 
-    A second signal ends the process at once. Under torchrun it is ignored: torchrun passes a signal
-    on to its ranks, so that it arrives twice, and ends ranks that take too long itself.
+    A second signal ends the process at once. Under torchrun a second signal is ignored, because
+    torchrun passes a signal on to its ranks, which may receive it twice. torchrun itself kills
+    ranks that take too long.
     """
 
     def __init__(self):
         self.number = 0
         self.handlers = {}
         for number in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            # a shell script's background job ignores SIGINT, and goes on doing so
+            if signal.getsignal(number) is not signal.SIG_IGN:
                 self.handlers[number] = signal.signal(number, self.receive)
 
     def restore(self) -> None:
-        """Let signals end the process at once again, as they did before the first step."""
+        """Restore the signal handlers from before the first step, which end the process at once."""
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
 

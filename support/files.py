@@ -1,4 +1,4 @@
-"""Files and folders that are replaced at once: a kill leaves the old content or the new."""
+"""Writes files and folders beside their place and renames them, so that none is half-written."""
 
 import fcntl
 import json

@@ -1,4 +1,4 @@
-"""A run's folder runs/<name>/: its name, settings, metrics, samples and model card."""
+"""Names a run and writes its folder runs/<name>/: settings, metrics, samples and model card."""
 
 import importlib.util
 import json
@@ -57,7 +57,7 @@ def open_run_folder(config) -> tuple[Path, bool]:
     before = read_run_config(folder)
     if config.resume is False or (config.resume == "auto" and not before):
         entries = []
-        if folder.is_dir():  # a run that was killed at its very start leaves no more than these
+        if folder.is_dir():  # a run killed at its very start leaves only `lock` and .tmp
             entries = [
                 path for path in folder.iterdir() if path.name != "lock" and path.suffix != ".tmp"
             ]
@@ -87,7 +87,8 @@ def run_name(config) -> str:
     words = []
     for key in ("model", "data", "reward", "objective"):
         if flat[key] != usual[key] or key == "data":
-            text = re.sub(r"\.(jsonl?|csv|parquet)$", "", flat[key])  # Qwen2.5-7B has no suffix
+            # only these suffixes: that of Qwen2.5-7B would be .5-7B
+            text = re.sub(r"\.(jsonl?|csv|parquet)$", "", flat[key])
             words.append("-".join(Path(text).parts[-2:]).strip("/.-"))
     words += [flat["selection.strategy"], f"seed{flat['seed']}"]
     in_name = {"model", "data", "reward", "objective", "selection.strategy", "seed"}
@@ -156,7 +157,7 @@ class Log:
 
 
 def start_wandb(folder: Path, project: str, flat: dict):
-    """Start a Weights & Biases run, or continue the one that this folder had.
+    """Start a Weights & Biases run, or continue the one that belongs to this folder.
 
     WANDB_MODE=offline works without a network.
     """
@@ -176,7 +177,7 @@ def start_wandb(folder: Path, project: str, flat: dict):
 
 
 def versions() -> dict[str, str]:
-    """Return the commit of this repository, and what it runs on."""
+    """Return the commit of this repository, the versions of its libraries, and the device."""
     commit = ""
     try:
         describe = ["git", "describe", "--always", "--dirty"]
@@ -198,7 +199,7 @@ def versions() -> dict[str, str]:
 
 
 def model_card(config, tables: dict[str, str]) -> str:
-    """Write the README.md of a trained model: a head for the hub, its settings and tables."""
+    """Write the README.md of a trained model: metadata for the hub, settings and tables."""
     flat = flatten(config)
     defaults = read_defaults()
     changed = {

@@ -1,8 +1,8 @@
-"""The dry run: what a run would be, with its memory, computed without loading any weights.
+"""Estimates the GPU memory of a run for dry_run=true, without loading any weights.
 
 The memory is the peak of PyTorch's allocator on each rank, computed from shapes alone. The factors
-below were fitted to the live tensors of real updates and rollouts, in both precisions, and a test
-compares them.
+below are fitted to the live tensors of real updates and rollouts, in both precisions, and a test
+compares the two.
 """
 
 import math
@@ -47,7 +47,7 @@ def estimate(
         "optimizer": 0.0,
         "reference": 0.0,
     }
-    if not config.offload:  # two moments, and for bf16 weights fp32 masters
+    if not config.offload:  # two moments, and fp32 master weights with bf16
         parts["optimizer"] = (8 if fp32 else 12) * parameters / ranks
     if reference:
         parts["reference"] = size * (projection if config.offload else parameters)
@@ -55,7 +55,7 @@ def estimate(
     # the backward pass.
     copies = 0
     if fp32:
-        # looked up, not multiplied
+        # embeddings are looked up and not multiplied, so they have no bf16 copy
         embeddings = projection * (1 if shape.tie_word_embeddings else 2)
         copies = 2 * (parameters - embeddings)
 
@@ -73,12 +73,11 @@ def estimate(
     between = size * tokens * hidden  # the residual stream between two layers
     chunk = min(config.logits_chunk, rows * config.max_new_tokens)
     logits = (27 if all_selected else 16) * chunk * vocabulary
-    # The peak is a chunk of logits beside the gradient of the projection, or its fp32 gradient
-    # beside it and the weights.
+    # The peak is a chunk of logits beside the gradient of the projection, or the fp32 copies of the
+    # projection and its gradient.
     logits = max(logits + (4 if fp32 else 6) * projection, 12 * projection) + 12 * tokens * hidden
-    if (
-        config.gradient_checkpointing
-    ):  # only what is between layers is kept; in backward one layer is computed again
+    if config.gradient_checkpointing:
+        # only what is between layers is kept; in backward one layer at a time is computed again
         activations = layers * between
         recomputed = 1.33 * layer
         forward = copies + activations + 0.4 * layer
@@ -96,14 +95,14 @@ def estimate(
     optimizer_peak = (20 if config.offload else 8) * largest
     peaks += [reference_peak, optimizer_peak]
     if ranks > 1:
-        peaks.append(size * parameters)  # DDP makes its buckets anew once, before the second update
+        peaks.append(size * parameters)  # DDP rebuilds its buckets once, before the second update
     update = max(peaks)
     if reference:  # the reference's hidden states at the selected tokens
         fraction = 1 if all_selected else config.selection.fraction
         update += size * completions * config.max_new_tokens * fraction * hidden
 
-    # Sampling: keys and values of all layers, those of one layer twice, and the sampler's 44 bytes
-    # a logit.
+    # Sampling needs keys and values of all layers, those of one layer twice, and 44 bytes for each
+    # logit in the sampler.
     evaluated = config.evaluation.problems * config.evaluation.samples // ranks
     rows = min(config.rollout.batch_size, max(completions, evaluated))
     parts["KV cache"] = rows * length * key * (6 * layers + 20 if fp32 else 4 * layers)
@@ -111,7 +110,7 @@ def estimate(
     decoding = parts["sampler"]
     if not fp32:
         decoding = max(decoding, 4 * projection + 12 * rows * vocabulary, 4 * rows * length * key)
-    # prompts read at once
+    # distinct prompts that are read at once
     distinct = math.ceil(rows / min(config.group_size, config.evaluation.samples))
     prefill = distinct * prompt * (6 * inner + 12 * hidden)
     sampling = copies + parts["KV cache"] + max(decoding, prefill)

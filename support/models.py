@@ -1,4 +1,4 @@
-"""Models from Hugging Face folders or the hub: loading, hidden states, prompts, stop tokens.
+"""Loads Hugging Face models, and computes hidden states, prompts and stop tokens.
 
 A model is used in two parts, its hidden states and the vocabulary projection (`lm_head`), so that
 the logits of a whole batch never exist. `load` refuses models whose logits are anything else than
@@ -50,7 +50,7 @@ def load(name: str, dtype: torch.dtype = torch.float32):
     check_tensors(name, report)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0  # some configs have other names for it
+            module.p = 0.0  # some configs name their dropout otherwise
     use_fp32_logits(model.eval())
     tokens = torch.arange(8)[None] % model.config.vocab_size
     with torch.no_grad():
@@ -155,9 +155,9 @@ def blank(shape):
 
 
 class FP32Head(torch.nn.Linear):
-    """A vocabulary projection in fp32.
+    """Computes the vocabulary projection in fp32.
 
-    Logits in bf16 have 8 bits, and their rounding is larger than a small KL.
+    bf16 logits have 8 significant bits, and their rounding error is larger than a small KL.
     """
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -209,17 +209,17 @@ def offload_weights(reference) -> None:
 
 @contextmanager
 def on_device(reference, device: torch.device) -> Iterator[None]:
-    """Copy offloaded weights to the device for a while.
+    """Keep offloaded weights on the device while the context lasts.
 
-    They never change, so nothing is copied back.
+    The weights never change, so nothing is copied back.
     """
-    waiting = {parameter: parameter.data for parameter in reference.parameters()}
+    offloaded = {parameter: parameter.data for parameter in reference.parameters()}
     try:
-        for parameter, host in waiting.items():
+        for parameter, host in offloaded.items():
             parameter.data = host.to(device, non_blocking=True)
         yield
     finally:
-        for parameter, host in waiting.items():
+        for parameter, host in offloaded.items():
             parameter.data = host
 
 
@@ -250,7 +250,7 @@ def render_chat(tokenizer, chat: list, **arguments):
         return tokenizer.apply_chat_template(
             chat, tokenize=False, date_string="26 Jul 2024", **arguments
         )
-    except Exception as error:  # templates raise what they like: Gemma's refuses a system message
+    except Exception as error:  # of any kind: Gemma's template refuses a system message
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"the model's chat template refuses the prompt ({reason}): leave prompt.system "
@@ -273,8 +273,8 @@ def check_lengths(shape, prompts: list[list[int]], max_new_tokens: int) -> None:
 
 
 # Special tokens that end a turn or a text in well-known families. A Qwen base model's eos is
-# <|endoftext|>, but its chat template ends turns with <|im_end|>: without both it would go on and
-# write the next turns itself.
+# <|endoftext|>, but its chat template ends turns with <|im_end|>: if only one of them
+# stopped it, the model could go on and write the next turns itself.
 END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "<end_of_turn>")
 
 
@@ -315,8 +315,8 @@ def set_stop(model, stop: list[int]) -> None:
     try:
         generation.validate(strict=True)
     except ValueError:
-        # Such as a temperature without do_sample, which transformers loads but refuses to save:
-        # keep the special tokens.
+        # For example a temperature without do_sample, which transformers loads but refuses to save.
+        # Keep only the special tokens.
         model.generation_config = GenerationConfig(
             eos_token_id=stop,
             bos_token_id=generation.bos_token_id,
@@ -325,5 +325,5 @@ def set_stop(model, stop: list[int]) -> None:
 
 
 def describe_ids(ids: list[int], tokenizer) -> str:
-    """Write token ids with their tokens, for people."""
+    """Return a readable list of token ids and their tokens."""
     return ", ".join(f"{i} {tokenizer.convert_ids_to_tokens(i)!r}" for i in ids)

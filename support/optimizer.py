@@ -1,4 +1,4 @@
-"""AdamW with fp32 master weights, whose state is shared out over the ranks."""
+"""Implements AdamW with fp32 master weights and a state that is sharded over the ranks."""
 
 import torch
 from torch import Tensor
@@ -8,13 +8,14 @@ from support.distributed import World, pinned_copy
 
 
 class MasterAdamW(torch.optim.Optimizer):
-    """AdamW (Loshchilov & Hutter 2019) that keeps its state for this rank's share only.
+    """Implements AdamW (Loshchilov & Hutter 2019), with the state of this rank's share only.
 
-    The state is 8 or 12 bytes a parameter. bf16 weights get fp32 *master* weights, which take the
-    step and are then rounded: at a learning rate of 1e-6 a step is smaller than bf16 can represent,
-    and without masters nearly all of it is lost. fp32 weights are their own masters. After a step
-    every rank broadcasts its share, so the parameters are the same bits for any number of ranks.
-    With `offload` the state is in host memory and comes to the device one parameter at a time.
+    The state takes 8 bytes a parameter for fp32 weights and 12 for bf16 weights. bf16 weights get
+    fp32 *master* weights, which take the step and are then rounded: at a learning rate of 1e-6 a
+    step is smaller than bf16 can represent, and without masters nearly all of it is lost. fp32
+    weights are their own masters. After a step every rank broadcasts its share, so all ranks hold
+    the same parameters, bit for bit. With `offload` the state is in host memory and comes to the
+    device one parameter at a time.
     """
 
     def __init__(

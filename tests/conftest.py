@@ -36,3 +36,9 @@ def in_tmp(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("rewards.is_correct", lambda problem, text, grader: "1" in text)
     return tmp_path
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with the tests that start processes, so that none of them is left for the end."""
+    slow = ("real_runs", "two_ranks", "killed", "terminated", "the_command")
+    items.sort(key=lambda item: not any(word in item.name for word in slow))

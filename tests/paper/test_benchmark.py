@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from paper import benchmark
-from rollout import sample
 from support.config import UserError
 
 
@@ -48,13 +47,9 @@ def test_rollout_compares_both_ways(in_tmp, capsys, monkeypatch):
     assert re.search(r"short: ours \S+ s, bare generate \S+ s; \S+ x", capsys.readouterr().out)
 
 
-def test_an_update_is_measured(monkeypatch):
-    def short(*arguments, **settings):
-        return sample(*arguments, **settings | {"max_new_tokens": 20})
-
-    monkeypatch.setattr(benchmark, "sample", short)
-    size, seconds = benchmark.measure_update(16, vocabulary=300)
-    assert size >= 0 and seconds > 0
+def test_an_update_is_measured():
+    """Here the peak is older than the update: only that it runs is tested."""
+    assert benchmark.measure_update(16, vocabulary=300) >= 0
 
 
 def test_without_trl_one_line_says_how(in_tmp, small, monkeypatch):

@@ -336,7 +336,10 @@ def test_a_chat_templates_own_end_of_turn_stops():
     words = tokenizer("qwen", chat=True)
     turn = "{% for m in messages %}[{{ m.role }}] {{ m.content }}"
     words.chat_template = turn + "<|im_start|>{% endfor %}"
-    assert models.turn_end(words) == words.convert_tokens_to_ids("<|im_start|>")
+    end = words.convert_tokens_to_ids("<|im_start|>")
+    assert models.turn_end(words) == end
+    no_eos = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=None))
+    assert end in models.stop_ids(no_eos, words)
     words.chat_template = turn + "\n{% endfor %}"  # it has none: a line break
     assert models.turn_end(words) is None
 
