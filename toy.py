@@ -35,6 +35,8 @@ def resolve_model(config, world, name: str | None = None) -> str:
     name = name or config.model
     if name != "toy":
         return name
+    # The toy gains nothing from more threads, and beside another busy process it loses much.
+    torch.set_num_threads(1)
     recipe = make_recipe(config)
     folder = Path("runs") / f"toy-base-{fingerprint(recipe)}"
     if world.is_main and not folder.exists():

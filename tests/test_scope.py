@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from scope import STRATEGIES, kl_divergence, redistribution_score, select_tokens
+from scope import STRATEGIES, k3, kl_divergence, redistribution_score, select_tokens
 
 
 def step_of_tokens(n=2000, seed=0, positive=0.5):
@@ -183,3 +183,11 @@ def test_kl_of_bf16_logits_is_taken_in_fp32():
     reference = random_logits(32, 500, seed=2).bfloat16()
     exact = kl_divergence(logits.double(), reference.double())
     assert_close(kl_divergence(logits, reference).double(), exact, rtol=1e-4, atol=1e-5)
+
+
+def test_k3_gives_the_reference_no_gradient():
+    logprobs = torch.tensor([-1.0, -2.0], requires_grad=True)
+    reference = torch.tensor([-1.5, -0.5], requires_grad=True)
+    k3(logprobs, reference).sum().backward()
+    assert reference.grad is None
+    assert logprobs.grad.abs().min() > 0
