@@ -3,6 +3,7 @@ r"""Finds the final answer in a text: a completion's last \boxed{}, or a data se
 import json
 import math
 import re
+from decimal import Decimal
 
 TOKEN = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
 
@@ -35,17 +36,19 @@ def extract_answer(text: str) -> str | None:
 def gold_answer(value, name: str) -> str:
     r"""Return the final answer in a data set's field of this name, "" if there is none.
 
-    It is what follows GSM8K's last ####, the content of MATH's last \boxed{}, or the whole field.
-    Raises ValueError if the field is neither text nor a number.
+    It is the content of MATH's last \boxed{}, what follows GSM8K's #### on the last line, or the
+    whole field. Raises ValueError if the field is neither text nor a number.
     """
     if type(value) is int or (type(value) is float and math.isfinite(value)):
-        return str(int(value)) if value == int(value) else repr(value)  # 27.0 is 27
+        return f"{Decimal(repr(value)):f}".removesuffix(".0")  # 27.0 is 27, 2.5e-05 is 0.000025
     if value is None:
         return ""
     if not isinstance(value, str):
         raise ValueError(f'"{name}" must be text or a number, not {json.dumps(value)[:40]}')
-    if "####" in value:
-        return value.rpartition("####")[2].strip()
-    if r"\boxed" in value or name == "solution":  # the prose of a solution is no answer
-        return (extract_answer(value) or "").strip()
-    return value.strip()
+    answer = extract_answer(value)
+    last_line = value.strip().rpartition("\n")[2]
+    if answer is None and "####" in last_line:  # in other lines it is a heading of Markdown
+        answer = last_line.rpartition("####")[2]
+    elif answer is None and r"\boxed" not in value and name != "solution":
+        answer = value  # the prose of a solution, or an open box, is no answer
+    return (answer or "").strip()
