@@ -19,7 +19,7 @@ import math
 import re
 from fractions import Fraction
 
-from grading.latex import TOKEN
+from grading.latex import SCALES, TOKEN
 
 ONE = {(): Fraction(1)}  # the polynomial 1
 
@@ -212,7 +212,6 @@ def symbol(name: str, budget: Budget, exponent=1) -> Value:
 BRACKETS = {"(": ")", "{": "}", "[": "]", "|": "|"}
 ENDS = {"end", "+", "-", ")", "]", "}"}  # tokens that end a product
 DIGITS = set("0123456789.")
-SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 FUNCTIONS = set(
     r"\sin \cos \tan \cot \sec \csc \arcsin \arccos \arctan \sinh \cosh \tanh \log \ln \exp".split()
 )
@@ -360,8 +359,7 @@ class Reader:
         elif token[0] in DIGITS:
             if len(token) > 60 or token == ".":
                 raise NoValue("no number, or too long")
-            base = self.subscript()
-            value = self.symbol(token + base) if base else self.number(token)
+            value = self.number(token)
         elif token[0].isalpha() or token[0] == '"' or token in SYMBOLS:
             value = self.variable(token)
         elif token[0] == "\\" and len(token) > 2:

@@ -2,8 +2,11 @@ r"""Gives LaTeX one spelling: `\dfrac12` and `\frac{1}{2}` become the same text 
 
 import re
 
-TOKEN = re.compile(
-    r'"[^"]*"|\\[a-zA-Z]+|\\.|\d+(?:\.\d+)?|\.\d+|[<>!]=|[a-zA-Z]{4,}|\s+|.', re.DOTALL
+SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+MONEY = str.maketrans({"$": '"dollars"', "€": '"euros"', "£": '"pounds"', "¥": '"yen"'})
+NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
+TOKEN = re.compile(  # signs of money and degrees are no tokens: they are skipped
+    r'"[^"]*"|\\[a-zA-Z]+|\\.|\d+(?:\.\d+)?|\.\d+|[<>!]=|[a-zA-Z]{4,}|\s+|[^$€£¥°]', re.DOTALL
 )
 
 
@@ -27,91 +30,168 @@ def repeating_decimal(match: re.Match) -> str:
     return rf"({whole or 0}.{digits}0+\frac{{{period}}}{{{denominator}}})"
 
 
+def numeral(match: re.Match) -> str:
+    return str(NUMBERS.index(match[1].lower()))
+
+
+# On each line one spelling, then its synonyms.
+SPELLINGS = r"""
+    <=           \leq \le \leqslant ≤
+    >=           \geq \ge \geqslant ≥
+    !=           \neq \ne ≠
+    <            \lt
+    >            \gt
+    \approx      ≈
+    \pm          ±
+    -            − –
+    *            \cdot \times × ·
+    /            \div ÷
+    ^            **
+    ^2           ²
+    ^3           ³
+    '            ^{\prime} ^\prime ′
+    °            ^{\circ} ^\circ \degree
+    ¥            \yen
+    cents        ¢ \cent
+    dollars      USD
+    |            \vert \lvert \rvert
+    (            \langle
+    )            \rangle
+    \{           \lbrace
+    \}           \rbrace
+    \lfloor{     \lfloor ⌊
+    \lceil{      \lceil ⌈
+    }            \rfloor \rceil ⌋ ⌉
+    \frac        \dfrac \tfrac \cfrac \over
+    \frac{1}{2}  ½
+    \frac{1}{4}  ¼
+    \frac{3}{4}  ¾
+    \binom       \dbinom \tbinom \choose
+    \pmod        \bmod \mod
+    \ldots       \dots \cdots \dotsc \dotsb … ...
+    \emptyset    \varnothing ∅
+    \infty       ∞
+    \cup         ∪
+    \pi          π
+    \sqrt        √
+"""
+SYNONYMS = {}
+for line in SPELLINGS.strip().splitlines():
+    spelling, *synonyms = line.split()
+    SYNONYMS.update(dict.fromkeys(synonyms, spelling + " "))
+
+END = "(?![a-zA-Z])"
+SYNONYM = "|".join(re.escape(word) + (END if word[0] == "\\" else "") for word in SYNONYMS)
+
 # (pattern, replacement), applied in this order. END stands for the end of a command or word.
 REWRITES = [
-    # formatting and spaces
-    (r"(?<=\d)\\,(?=\d{3}(?!\d))|\\!\s*|\\?\$|€|£|(?<!\\)\\[()\[\]]|\\boxedEND", ""),
+    # formatting and spaces; a single dollar sign before a number is money
+    (r"\\\$|^\s*\$(?=\s*[\d.][^$]*$)", "¤"),
+    (r"\\!\s*|\$|(?<!\\)\\[()\[\]]|\\boxedEND|\bRs\.?(?=\s*\d)", ""),
+    (r"¤", "$"),
     (r"\\(?:left|right|[bB]igg?[lr]?)END\.?|\\(?:displaystyle|limits|phantom|bf|rm|it)END", ""),
-    (r"(?<!\\)\\[,;:> ]|~|\\q?quadEND|\s+", " "),
-    (r"^\s*(?:\\approxEND|=)", ""),
+    (r"(?:(?<!\\)\\[,;:> ]|~|\\q?quadEND|\s)+", " "),
+    (r"(?<!\d{4})(?<=\d) (?=\d{3}(?!\d))|^ ?(?:\\approxEND|=)", ""),  # 12 345
+    (r"(?:\{|^)((?:[^{}]|\{[^{}]*\})*)(\\over|\\choose)END([^{}]*)(?:\}|$)", r"\2{\1}{\3}"),
+    (SYNONYM, lambda match: SYNONYMS[match[0]]),
     # text
-    (r"\\(?:math(?:rm|bf|it)|boldsymbol)\s*\{([eidx-zA-Z]|\W*\d[^{}]*)\}", r" \1"),
+    (r"\\text ?\{ ?\\?% ?\}|\\?%", '"percent"'),
+    (r"(\\(?:text|mathrm) ?\{[^{}\d]*)\^ ?\{?(\d)\}? ?\}", r"\1}^\2"),  # \mathrm{cm^2}
+    (r"(?<=[\d°]) *\\mathrm ?\{ ?([A-Z]) ?\}|(?<=°) *([CF])END", r'"\1\2"'),  # 12 \mathrm{V}
+    (r"\\math(?:bb|bf) ?(?:\{R\}|R)|ℝ|^ ?R ?$", r"(-\\infty,\\infty)"),
+    (r"\\(?:math(?:rm|bf|it)|boldsymbol) ?\{([eidx-zA-Z]|\W*\d[^{}]*)\}", r" \1"),
     (
-        r"\\(?:text(?:bf|rm|it|normal)?|[mh]box|math(?:rm|bf|it)|operatorname)\s*\{([^{}]*)\}",
+        r"\\(?:text(?:bf|rm|it|normal)?|[mh]box|math(?:rm|bf|it)|operatorname) ?\{([^{}]*)\}",
         quote_text,
     ),
-    (r'"[\s,]*(?:and|or)[\s,]*"|\b(?:and|or)\b|;', ","),
-    # numbers; 10\% is 10, as in all public test suites
-    (r"\^\s*(?:\\circ|\{\s*\\circ\s*\})|\\degreeEND|°|\\?%", ""),
-    (r"\\[dtc]fracEND", r"\\frac"),
+    (r'"[\s,]*(?:and|or)[\s,]*"|\b(?:and|or)\b', r"\\cup "),
+    (r'" *(?:if|for|when) *"|, *(?=&|\\\\|\\end)', ""),
+    (r'(?i)(?<![^_{"])"? *(' + "|".join(NUMBERS) + r') *"?(?![^}"])', numeral),
+    (r'(?i)(?<=\d)[ "]*([ap])\.? ?m(?![a-z^])\.?"?', r'"\1m"'),  # 8:30 a.m.
+    (r'(?<=\d)(?: ?\^ ?\{ ?"?(?:st|nd|rd|th)"? ?\}|[ "]*(?:st|nd|rd|th)END"?)', ""),  # 5th
+    # numbers
     (r"\\(frac|binom)\s*(\d)\s*(\d)", r"\\\1{\2}{\3}"),
     (r"(?<=\d)\{,\}(?=\d{3})", ""),
+    (r"(?<=\d)\{:\}", ":"),
+    (r"(?<![:\d])(\d+):00(?![:\d])", r"\1"),
+    (r"(\d+\.\d+(?=[eE]-)|\d[\d.]*(?=[eE]\+?\d))[eE]\+?(-?\d+)", r"{\1*10^{\2}}"),  # 2.5e-3
     (r"(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{(\d+)\}", repeating_decimal),
-    (r"(?<![\d.^_a-zA-Z])(\d+) ?\\frac\{(\d+)\}\{(\d+)\}", mixed_number),
+    (r"(?<![\d.^_a-zA-Z])(\d+) ?\\frac ?\{(\d+)\}\{(\d+)\}", mixed_number),
     (r"(?<![\d.^_a-zA-Z])(\d+) (\d+)/(\d+)", mixed_number),
-    # signs
-    (r"\\leq?(?:slant)?END|≤", "<="),
-    (r"\\geq?(?:slant)?END|≥", ">="),
-    (r"\\neq?END|≠", "!="),
-    (r"\\ltEND", "<"),
-    (r"\\gtEND", ">"),
-    (r"±", r"\\pm"),
-    (r"−", "-"),
-    (r"\\(?:cdot|times)END|×|·", "*"),
-    (r"\\divEND|÷", "/"),
-    (r"\\[lr]?vertEND", "|"),
-    (r"\\langleEND", "("),
-    (r"\\rangleEND", ")"),
-    (r"\\lbraceEND", r"\\{"),
-    (r"\\rbraceEND", r"\\}"),
-    (r"(?<=[\])]) ?(?:U|∪) ?(?=[\[(])", r"\\cup "),
-    (r"\\varnothingEND|∅", r"\\emptyset "),
+    (  # 123_{4} is a number with a unit
+        r'(?<![\w.])(?:\((\d+)\)|(\d+)) *(?:_\{[ ("base)]*(\d+)[ )]*\}|_(\d)|\(? ?base (\d+) ?\)?)',
+        r'\1\2"base"^{\3\4\5}',
+    ),
+    # names
+    (r"m?\\angleEND ?([A-Z]+)|\\overline ?\{([A-Z]{2})\}|\|([A-Z]{2})\|", r"\1\2\3"),
+    (r"^ ?f ?\(x\) ?=", "y="),
     # what stands without a backslash
     (r"(?<![\\a-zA-Z])(sqrt|pi|sin|cos|tan|log|ln|infty)END", r"\\\1"),
-    (r"π", r"\\pi "),
-    (r"√", r"\\sqrt "),
-    (r"(?<![\\a-zA-Z])(?:oo|infinity)END|∞", r"\\infty "),
+    (r"(?<![\\a-zA-Z])(?:oo|infinity)END", r"\\infty "),
+    (r"(?<![a-zA-Z])C ?_ ?\{?(\d+)\}? ?\^ ?\{?(\d+)\}?", r"\\binom{\1}{\2}"),
+    # sets
+    (r"^\]([^\[\]]*)\[$", r"(\1)"),
+    (r" ?\(([a-z] ?\\in[^()]*)\)$", r", \1"),
+    (r";", ","),
+    (r"(?<=[\])]) ?U ?(?=[\[(])", r"\\cup "),
+    (r"\(-\\infty, ?\\infty ?\) ?(?:\\setminus|\\backslash|-) ?\\\{([^{},]*)\\\}", r"x!=\1"),
+    (r"\\\{ ?\w ?(?:\\in ?\(-\\infty,\\infty\))? ?(?:\||:|\\mid) ?(.*?)\\\}", r"\1"),
     # units: 18 dollars, 10cm^2
     (
-        r"(?<=[\d)}])((?: [a-zA-Z]{4,}| ?(?:pct|[kcm]m|kg|ft|lbs?|oz|mph|min|men|per)END)"
+        r"(?<=[\d)}°])((?: [a-zA-Z]{4,}| ?(?:cents|pct|[kcm]m|kg|ft|lbs?|oz|mph|min|men|per)END)"
         r"(?:[ /][a-zA-Z]+)*)(?= ?(?:\^\d|,|$))",
         r'"\1"',
     ),
+    (r'\\frac ?\{("[^"]*")\}\{("[^"]*"(?:\^\d)?)\}', r"\1/\2"),
+    (r'" *(?:square|sq\.?) ([^"]+)"', r'"\1"^2'),
+    (r'" *(?:cubic|cu\.?) ([^"]+)"', r'"\1"^3'),
 ]
-REWRITES = [(re.compile(old.replace("END", "(?![a-zA-Z])")), new) for old, new in REWRITES]
-THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
+REWRITES = [(re.compile(old.replace("END", END)), new) for old, new in REWRITES]
+THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!\d|,\d)")
 
 
 def normalise(text: str) -> str:
     """Rewrite an answer in one spelling, with text and units in quotes."""
     for pattern, replacement in REWRITES:
         text = pattern.sub(replacement, text)
-    if not re.search(r"[(\[]|\\{", text):  # within brackets a comma separates items
-        text = THOUSANDS.sub(lambda number: number[0].replace(",", ""), text)
     return text.strip().rstrip(".,: ")
+
+
+def join_thousands(text: str, lists: str = "") -> str:
+    """Write 12,345 as 12345, unless the pattern `lists` says that the text is a list.
+
+    In brackets too a comma separates, except beside commas with a space, as in (1,000, 2,000).
+    """
+    if re.fullmatch(lists, text) or (re.search(r"[(\[]|\\{", text) and ", " not in text):
+        return text
+    return THOUSANDS.sub(lambda number: number[0].replace(",", ""), text)
 
 
 def plain_text(text: str) -> str:
     """Return a normalised answer as plain text: no quotes and spaces, (B) as B, Odd as odd."""
-    text = re.sub(r'"|(?<!\d) | (?!\d)', "", text)
+    text = re.sub(r'(?i)"[ap]m"|["$€£¥°]|(?<!\d) | (?!\d)', "", text)
     text = re.sub(r"^\((\w)\)$", r"\1", text)
     return text[0].lower() + text[1:] if re.fullmatch(r"[a-zA-Z]{2,}", text) else text
 
 
 def units_differ(one: str, other: str) -> bool:
-    """Return whether two answers have different units, as in dollars and cents, or cm^2 and cm^3.
+    """Return whether two answers have different units, as in dollars and cents, or cm and cm^2.
 
-    A unit may be left out on one side, or abbreviated: units differ if they share no initial.
+    A unit may be left out on one side, or be abbreviated: the letters of mph are, in this order,
+    among those of miles per hour.
     """
-    initials, powers = units(one)
-    other_initials, other_powers = units(other)
-    if initials and other_initials and not initials & other_initials:
-        return True
-    return bool(powers and other_powers) and powers != other_powers
+    (words, powers), (other_words, other_powers) = units(one), units(other)
+    short, long = sorted((words, other_words), key=len)
+    letters = iter(long)
+    is_same = short[:1] == long[:1] and all(letter in letters for letter in short)
+    is_same = is_same or long.endswith(" " + short)  # large eggs are eggs
+    return short != "" and (powers != other_powers or not is_same)
 
 
 def units(text: str) -> tuple:
-    """Return the initials of the quoted words in a normalised answer, and their exponents."""
-    quoted = re.findall(r'"([^"]+)"(?: ?\^ ?\{?(\d+))?', text)
-    phrases = " ".join(phrase for phrase, _ in quoted).lower()
-    return {word[0] for word in phrases.split()}, [power for _, power in quoted if power]
+    """Return the quoted words in a normalised answer, without names, and their exponents."""
+    text = text.translate(MONEY).lower()
+    quoted = re.findall(r'(?<!\{)"([ a-z][^"]*)"(?! ?=)(?: ?\^ ?\{?(\d+))?', text)
+    words = re.findall("[a-z]+", " ".join(phrase for phrase, _ in quoted))
+    unscaled = " ".join(word for word in words if word not in SCALES)
+    return unscaled, [power for _, power in quoted if power]

@@ -5,16 +5,17 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from grading.exact import ONE, Budget, NoValue, read_value, symbol
-from grading.latex import TOKEN, normalise, plain_text, units_differ
+from grading.latex import TOKEN, join_thousands, normalise, plain_text, units_differ
 
 RELATIONS = {"=", "!=", "<", "<=", ">", ">=", r"\in"}
-BRACKETS = {"(": ")", "[": "]", "{": "}", r"\{": r"\}"}
+BRACKETS = {"(": ")", "[": "]", "{": "}", r"\{": r"\}", r"\begin": r"\end"}
 LETTER = r"(?!\\pi|\\infty)\\?[a-zA-Z]+(?:_(?:\w|\{[^{}]*\}))?'*"
-NAME = re.compile(  # x_1, f(x), "Area", (a, b)
-    rf'(?:{LETTER}|"[a-zA-Z ]+")(?:\([\w, ]+\))?|\({LETTER}(?:, ?{LETTER})*\)'
+NAME = re.compile(  # x_1, f(x), \sin A, "Area", (a, b), \frac{a}{b}, m + n; but x + y = 1 is a line
+    rf'(?:{LETTER}|\\(?:sin|cos|tan) ?{LETTER}|"[a-zA-Z ]+")(?:\([\w, ]+\))?'
+    rf"|\({LETTER}(?:, ?{LETTER})*\)|\\frac ?\{{{LETTER}\}}\{{{LETTER}\}}|[a-w](?: ?\+ ?[a-w])+"
 )
 MATRIX = re.compile(
-    r"\\begin\{((?:small|[pbB])?matrix|array)\}(?:\{[clr|]*\})?(.*)\\end\{\1\}", re.DOTALL
+    r"\\begin\{((?:small|[pbB])?matrix|array|cases)\}(?:\{[clr|]*\})?(.*)\\end\{\1\}", re.DOTALL
 )
 
 
@@ -34,13 +35,38 @@ def is_equal(answer: str, gold: str) -> bool:
         return answer.strip() == gold.strip() != ""
     answer = normalise(answer)
     gold = normalise(gold)
-    text = plain_text(answer)
-    gold_text = plain_text(gold)
-    if text == gold_text or not text or not gold_text or units_differ(answer, gold):
-        return text == gold_text != ""
+    if not answer or not gold or units_differ(answer, gold):
+        return False
     budget = Budget()
+    return any(is_same(one, other, budget) for one, other in readings(answer, gold))
+
+
+# Where one side alone matches a pattern, it may mean what is written here, besides itself.
+MEANINGS = [
+    (re.compile('"percent"'), ["/100"]),
+    (re.compile(r"^(.+)\\approx(?![a-z])(.+)$"), [r"\1", r"\2"]),
+    (re.compile(r'^["(]*([A-F])"?[.):][)": ]*(.+)$'), [r"\1", r"\2"]),  # (B) 12
+]
+
+
+def readings(answer: str, gold: str) -> list[tuple]:
+    """Return the pairs of texts, one of which must match: 101,103 is one number or two."""
+    number_list = r"\d{3}(?:,[1-9]\d\d)+"
+    one = join_thousands(answer)
+    other = join_thousands(gold, rf"{number_list}(?<!0)")  # 10 and 103 is no 101,103
+    pairs = [(one, other), (join_thousands(answer, number_list), join_thousands(gold, number_list))]
+    for pattern, meanings in MEANINGS:
+        if bool(pattern.search(one)) != bool(pattern.search(other)):
+            pairs += [(pattern.sub(new, one), pattern.sub(new, other)) for new in meanings]
+    return pairs
+
+
+def is_same(answer: str, gold: str, budget: Budget) -> bool:
+    """Return whether two normalised texts are equal, or have matching trees."""
     try:
-        return is_match(read(answer, budget), read(gold, budget))
+        return plain_text(answer) == plain_text(gold) or is_match(
+            read(answer, budget), read(gold, budget)
+        )
     except NoValue:
         return False
 
@@ -49,7 +75,7 @@ def answer_key(answer: str) -> str:
     """Return a text to count votes by: answers that share it are equal, units aside."""
     if len(answer) > 1000:
         return answer.strip()
-    answer = normalise(answer)
+    answer = join_thousands(normalise(answer))
     text = plain_text(answer)
     try:
         return text if re.fullmatch("[a-zA-Z]{2,}", text) else str(read(answer, Budget()))
@@ -64,7 +90,7 @@ class Node(NamedTuple):
     r"""Holds one node of an answer's tree.
 
     kind                          content
-    list, set, matrix, row        nodes
+    list, names, set, matrix, row nodes; names is a list of words, which has an order
     (), [], (], [), \{\}, ...     the nodes between these brackets
     =, !=, <, <=, \in             the nodes of the two sides, whose texts are `sides`
     value                         a Value
@@ -117,16 +143,19 @@ def read(text: str, budget: Budget, depth: int = 0) -> Node:
         items = []
         for node in read_all(filter(None, texts)):
             items += node.content if node.kind == "list" else [node]
-        return items
+        return sorted(items, key=lambda node: node.sides[:1])  # y = 2, x = 1 as x = 1, y = 2
 
     items, commas = split(text, {",", r"\cup"})  # a union is a list of intervals
     if commas:
-        return Node("list", read_list(items))
+        is_names = re.fullmatch('["a-zA-Z, ]+', text)
+        return Node("names" if is_names else "list", read_list(items))
     sides, signs = split(text, RELATIONS)
     if signs:
         return read_relation(text, sides, signs, read_all)
     if matrix := MATRIX.fullmatch(text):
-        rows = filter(None, split(matrix[2], {r"\\"})[0])
+        rows = [row for row in split(matrix[2], {r"\\"})[0] if row]
+        if matrix[1] == "cases" and "&" not in matrix[2]:  # a system
+            return Node("list", read_list(rows))
         return Node("matrix", [Node("row", read_all(split(row, {"&"})[0])) for row in rows])
     tokens = TOKEN.findall(text) or [""]
     depths = [*accumulate(map(nesting, tokens)), 0]
@@ -154,6 +183,8 @@ def read_relation(text: str, sides: list, signs: list, read_all) -> Node:
         sides = sides[::-1]
         signs = [sign.replace(">", "<") for sign in signs[::-1]]
     if len(signs) > 1 and set(signs) == {"="}:  # x = 2 + 3 = 5 says x = 5
+        if all(re.fullmatch("[a-z]", side) for side in sides[:-1]):  # x = y = 1
+            return Node("list", read_all([f"{name}={sides[-1]}" for name in sides[:-1]]))
         left = sides[0] if NAME.fullmatch(sides[0]) else sides[-2]
         sides = [left, sides[-1]]
         signs = ["="]
@@ -172,7 +203,8 @@ def read_relation(text: str, sides: list, signs: list, read_all) -> Node:
 def is_match(a: Node, b: Node) -> bool:
     """Return whether two trees mean the same."""
     kinds = {a.kind, b.kind}
-    if len(kinds) == 2 and kinds != {"list", "set"}:
+    is_list = kinds <= {"list", "names", "set"} or (kinds == {"list", "()"} and is_ordered(a, b))
+    if len(kinds) == 2 and not is_list:
         if b.kind in RELATIONS:
             return is_match_without_name(b, a)
         return a.kind in RELATIONS and is_match_without_name(a, b)
@@ -194,7 +226,7 @@ def is_match(a: Node, b: Node) -> bool:
 
 
 def is_ordered(a: Node, b: Node) -> bool:
-    """Return whether two lists must have the same order: `x = 1, y = 2` against `1, 2`."""
+    """Return whether only one of two lists has names: `x = 1, y = 2` against `1, 2` or `(1, 2)`."""
     counts = []  # how many different names each list has; x = 1, y = 2 has two
     for node in (a, b):
         names = {item.sides[0].partition("_")[0] for item in node.content if item.kind == "="}
@@ -210,19 +242,28 @@ def is_match_without_name(relation: Node, other: Node) -> bool:
         return (left_named or is_match(left, right)) and is_match(right, other)
     if relation.kind == r"\in":
         return left_named and is_match(right, other)
-    if relation.kind == "!=" or left_named == right_named:
-        return False
     infinity = symbol(r"\infty", Budget())
+    low = Node("value", -infinity)
+    high = Node("value", infinity)
+    if relation.kind == "!=":
+        halves = [Node("()", [low, right]), Node("()", [right, high])]
+        return left_named and is_match(Node("list", halves), other)
+    if left_named == right_named:
+        return False
     brackets = "(]" if left_named else "[)"
     if relation.kind == "<":
         brackets = "()"
-    ends = [Node("value", -infinity), right] if left_named else [left, Node("value", infinity)]
-    return is_match(Node(brackets, ends), other)
+    return is_match(Node(brackets, [low, right] if left_named else [left, high]), other)
 
 
 def is_match_of_relations(a: Node, b: Node) -> bool:
-    """Compare left - right up to a factor, which must be positive for an inequality."""
-    if all(map(is_match, a.content, b.content)):
+    """Compare left - right up to a factor, which must be positive for an inequality.
+
+    A name may leave out its subscript: x = 3 is x_1 = 3.
+    """
+    name, other_name = a.sides[0], b.sides[0]
+    is_short = name.partition("_")[0] == other_name or name == other_name.partition("_")[0]
+    if (is_short or is_match(a.content[0], b.content[0])) and is_match(a.content[1], b.content[1]):
         return True
     if any(side.kind != "value" for side in (*a.content, *b.content)):
         return False
