@@ -30,10 +30,6 @@ def repeating_decimal(match: re.Match) -> str:
     return rf"({whole or 0}.{digits}0+\frac{{{period}}}{{{denominator}}})"
 
 
-def numeral(match: re.Match) -> str:
-    return str(NUMBERS.index(match[1].lower()))
-
-
 # On each line one spelling, then its synonyms.
 SPELLINGS = r"""
     <=           \leq \le \leqslant ≤
@@ -54,6 +50,8 @@ SPELLINGS = r"""
     ¥            \yen
     cents        ¢ \cent
     dollars      USD
+    "percent"    % \% \text{%} \text{\%}
+    :            {:}
     |            \vert \lvert \rvert
     (            \langle
     )            \rangle
@@ -86,40 +84,48 @@ SYNONYM = "|".join(re.escape(word) + (END if word[0] == "\\" else "") for word i
 # (pattern, replacement), applied in this order. END stands for the end of a command or word.
 REWRITES = [
     # formatting and spaces; a single dollar sign before a number is money
-    (r"\\\$|^\s*\$(?=\s*[\d.][^$]*$)", "¤"),
-    (r"\\!\s*|\$|(?<!\\)\\[()\[\]]|\\boxedEND|\bRs\.?(?=\s*\d)", ""),
-    (r"¤", "$"),
-    (r"\\(?:left|right|[bB]igg?[lr]?)END\.?|\\(?:displaystyle|limits|phantom|bf|rm|it)END", ""),
+    (r"\\(?=\$)|(?<!\\)\$(?!\s*[\d.][^$]*$)", ""),
+    (r"\\!\s*|(?<!\\)\\[()\[\]]|\\boxedEND|\bRs\.?(?=\s*\d)", ""),
+    (
+        r"\\(?:left|right|middle|[bB]igg?[lr]?)END\.?|\\(?:displaystyle|limits|phantom|bf|rm|it)END",
+        "",
+    ),
     (r"(?:(?<!\\)\\[,;:> ]|~|\\q?quadEND|\s)+", " "),
-    (r"(?<!\d{4})(?<=\d) (?=\d{3}(?!\d))|^ ?(?:\\approxEND|=)", ""),  # 12 345
+    (r"(?:(?<!\d{4})(?<=\d) |(?<=\d)\{,\})(?=\d{3}(?!\d))|^ ?(?:\\approxEND|=)", ""),  # 12 345
     (r"(?:\{|^)((?:[^{}]|\{[^{}]*\})*)(\\over|\\choose)END([^{}]*)(?:\}|$)", r"\2{\1}{\3}"),
     (SYNONYM, lambda match: SYNONYMS[match[0]]),
     # text
-    (r"\\text ?\{ ?\\?% ?\}|\\?%", '"percent"'),
     (r"(\\(?:text|mathrm) ?\{[^{}\d]*)\^ ?\{?(\d)\}? ?\}", r"\1}^\2"),  # \mathrm{cm^2}
     (r"(?<=[\d°]) *\\mathrm ?\{ ?([A-Z]) ?\}|(?<=°) *([CF])END", r'"\1\2"'),  # 12 \mathrm{V}
-    (r"\\math(?:bb|bf) ?(?:\{R\}|R)|ℝ|^ ?R ?$", r"(-\\infty,\\infty)"),
+    (
+        r"\\math(?:bb|bf) ?(?:\{R\}|R)|ℝ|(?:^ ?|(?<=\\in ))R ?$"
+        r"|\\text ?\{ ?[Aa]ll real numbers ?\}|^all real numbers$",
+        r"(-\\infty,\\infty)",
+    ),
     (r"\\(?:math(?:rm|bf|it)|boldsymbol) ?\{([eidx-zA-Z]|\W*\d[^{}]*)\}", r" \1"),
     (
         r"\\(?:text(?:bf|rm|it|normal)?|[mh]box|math(?:rm|bf|it)|operatorname) ?\{([^{}]*)\}",
         quote_text,
     ),
     (r'"[\s,]*(?:and|or)[\s,]*"|\b(?:and|or)\b', r"\\cup "),
-    (r'" *(?:if|for|when) *"|, *(?=&|\\\\|\\end)', ""),
-    (r'(?i)(?<![^_{"])"? *(' + "|".join(NUMBERS) + r') *"?(?![^}"])', numeral),
+    (
+        r'(?i)(?<![^_{"])"? *(' + "|".join(NUMBERS) + r') *"?(?![^}"])',
+        lambda match: str(NUMBERS.index(match[1].lower())),
+    ),
     (r'(?i)(?<=\d)[ "]*([ap])\.? ?m(?![a-z^])\.?"?', r'"\1m"'),  # 8:30 a.m.
+    (r'" *(?:if|for|when) *"|, *(?=&|\\\\|\\end)|^"?an? (?=[a-z]{3})', ""),  # in cases; an ellipse
     (r'(?<=\d)(?: ?\^ ?\{ ?"?(?:st|nd|rd|th)"? ?\}|[ "]*(?:st|nd|rd|th)END"?)', ""),  # 5th
+    (r'"? ?\bmod\b ?"?', r"\\pmod "),
     # numbers
     (r"\\(frac|binom)\s*(\d)\s*(\d)", r"\\\1{\2}{\3}"),
-    (r"(?<=\d)\{,\}(?=\d{3})", ""),
-    (r"(?<=\d)\{:\}", ":"),
     (r"(?<![:\d])(\d+):00(?![:\d])", r"\1"),
     (r"(\d+\.\d+(?=[eE]-)|\d[\d.]*(?=[eE]\+?\d))[eE]\+?(-?\d+)", r"{\1*10^{\2}}"),  # 2.5e-3
     (r"(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{(\d+)\}", repeating_decimal),
     (r"(?<![\d.^_a-zA-Z])(\d+) ?\\frac ?\{(\d+)\}\{(\d+)\}", mixed_number),
     (r"(?<![\d.^_a-zA-Z])(\d+) (\d+)/(\d+)", mixed_number),
     (  # 123_{4} is a number with a unit
-        r'(?<![\w.])(?:\((\d+)\)|(\d+)) *(?:_\{[ ("base)]*(\d+)[ )]*\}|_(\d)|\(? ?base (\d+) ?\)?)',
+        r"(?<![\w.])(?:\((\d+)\)|(\d+)) *"
+        r'(?:_\{[ ("base)]*(\d+)[ )]*\}|_(\d)|[(" ]*base[" ]*(\d+) ?\)?)',
         r'\1\2"base"^{\3\4\5}',
     ),
     # names
@@ -130,7 +136,9 @@ REWRITES = [
     (r"(?<![\\a-zA-Z])(?:oo|infinity)END", r"\\infty "),
     (r"(?<![a-zA-Z])C ?_ ?\{?(\d+)\}? ?\^ ?\{?(\d+)\}?", r"\\binom{\1}{\2}"),
     # sets
-    (r"^\]([^\[\]]*)\[$", r"(\1)"),
+    (r"^\]|(?<=\\cup )\]", "("),  # ]1,2[ is (1,2)
+    (r"\[$|\[(?= ?\\cup)", ")"),
+    (r"(?<![\w\\])([a-z]) ?= ?(?=[a-z] ?=.*?([^=]{1,30})$)", r"\1=\2,"),  # x = y = 1
     (r" ?\(([a-z] ?\\in[^()]*)\)$", r", \1"),
     (r";", ","),
     (r"(?<=[\])]) ?U ?(?=[\[(])", r"\\cup "),
@@ -180,7 +188,8 @@ def units_differ(one: str, other: str) -> bool:
     A unit may be left out on one side, or be abbreviated: the letters of mph are, in this order,
     among those of miles per hour.
     """
-    (words, powers), (other_words, other_powers) = units(one), units(other)
+    words, powers = units(one)
+    other_words, other_powers = units(other)
     short, long = sorted((words, other_words), key=len)
     letters = iter(long)
     is_same = short[:1] == long[:1] and all(letter in letters for letter in short)

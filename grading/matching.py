@@ -45,7 +45,7 @@ def is_equal(answer: str, gold: str) -> bool:
 MEANINGS = [
     (re.compile('"percent"'), ["/100"]),
     (re.compile(r"^(.+)\\approx(?![a-z])(.+)$"), [r"\1", r"\2"]),
-    (re.compile(r'^["(]*([A-F])"?[.):][)": ]*(.+)$'), [r"\1", r"\2"]),  # (B) 12
+    (re.compile(r'^["(]*([A-F])"?[.):][)": ]*([^)": ].*)$'), [r"\1", r"\2"]),  # (B) 12
 ]
 
 
@@ -153,10 +153,10 @@ def read(text: str, budget: Budget, depth: int = 0) -> Node:
     if signs:
         return read_relation(text, sides, signs, read_all)
     if matrix := MATRIX.fullmatch(text):
-        rows = [row for row in split(matrix[2], {r"\\"})[0] if row]
+        rows = split(matrix[2], {r"\\"})[0]
         if matrix[1] == "cases" and "&" not in matrix[2]:  # a system
             return Node("list", read_list(rows))
-        return Node("matrix", [Node("row", read_all(split(row, {"&"})[0])) for row in rows])
+        return Node("matrix", [Node("row", read_all(split(row, {"&"})[0])) for row in rows if row])
     tokens = TOKEN.findall(text) or [""]
     depths = [*accumulate(map(nesting, tokens)), 0]
     if tokens[0] in BRACKETS and depths.index(0) == len(tokens) - 1:  # all is within one bracket
@@ -183,8 +183,6 @@ def read_relation(text: str, sides: list, signs: list, read_all) -> Node:
         sides = sides[::-1]
         signs = [sign.replace(">", "<") for sign in signs[::-1]]
     if len(signs) > 1 and set(signs) == {"="}:  # x = 2 + 3 = 5 says x = 5
-        if all(re.fullmatch("[a-z]", side) for side in sides[:-1]):  # x = y = 1
-            return Node("list", read_all([f"{name}={sides[-1]}" for name in sides[:-1]]))
         left = sides[0] if NAME.fullmatch(sides[0]) else sides[-2]
         sides = [left, sides[-1]]
         signs = ["="]
@@ -261,8 +259,9 @@ def is_match_of_relations(a: Node, b: Node) -> bool:
 
     A name may leave out its subscript: x = 3 is x_1 = 3.
     """
-    name, other_name = a.sides[0], b.sides[0]
-    is_short = name.partition("_")[0] == other_name or name == other_name.partition("_")[0]
+    left = a.sides[0]
+    other_left = b.sides[0]
+    is_short = left.startswith(other_left + "_") or other_left.startswith(left + "_")
     if (is_short or is_match(a.content[0], b.content[0])) and is_match(a.content[1], b.content[1]):
         return True
     if any(side.kind != "value" for side in (*a.content, *b.content)):
