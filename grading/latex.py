@@ -3,9 +3,9 @@ r"""Gives LaTeX one spelling: `\dfrac12` and `\frac{1}{2}` become the same text 
 import re
 
 SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-MONEY = str.maketrans({"$": '"dollars"', "€": '"euros"', "£": '"pounds"', "¥": '"yen"'})
+UNITS = {"$": '"dollars"', "€": '"euros"', "£": '"pounds"', "¥": '"yen"', "°": '"degrees"'}
 NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
-TOKEN = re.compile(  # signs of money and degrees are no tokens: they are skipped
+TOKEN = re.compile(  # the signs in UNITS are no tokens: they are skipped
     r'"[^"]*"|\\[a-zA-Z]+|\\.|\d+(?:\.\d+)?|\.\d+|[<>!]=|[a-zA-Z]{4,}|\s+|[^$€£¥°]', re.DOTALL
 )
 
@@ -91,7 +91,7 @@ REWRITES = [
         "",
     ),
     (r"(?:(?<!\\)\\[,;:> ]|~|\\q?quadEND|\s)+", " "),
-    (r"(?:(?<!\d{4})(?<=\d) |(?<=\d)\{,\})(?=\d{3}(?!\d))|^ ?(?:\\approxEND|=)", ""),  # 12 345
+    (r"(?:(?<!\d{4})(?<=\d) |(?<=\d)\{,\})(?=\d{3}(?![\d/]))|^ ?(?:\\approxEND|=)", ""),  # 12 345
     (r"(?:\{|^)((?:[^{}]|\{[^{}]*\})*)(\\over|\\choose)END([^{}]*)(?:\}|$)", r"\2{\1}{\3}"),
     (SYNONYM, lambda match: SYNONYMS[match[0]]),
     # text
@@ -112,35 +112,38 @@ REWRITES = [
         r'(?i)(?<![^_{"])"? *(' + "|".join(NUMBERS) + r') *"?(?![^}"])',
         lambda match: str(NUMBERS.index(match[1].lower())),
     ),
-    (r'(?i)(?<=\d)[ "]*([ap])\.? ?m(?![a-z^])\.?"?', r'"\1m"'),  # 8:30 a.m.
-    (r'" *(?:if|for|when) *"|, *(?=&|\\\\|\\end)|^"?an? (?=[a-z]{3})', ""),  # in cases; an ellipse
+    (r'(?i)(?:(?<=:\d\d)|(?<=\d)[ "])[ "]*([ap])\.? ?m(?![a-z^+*/-])\.?"?', r'"\1m"'),  # 8:30 a.m.
+    (
+        r'" *(?:if|for|when) *"|, *(?=&|\\\\|\\end)|(?<=^")an? |^an (?=[a-z]{3})',
+        "",
+    ),  # in cases; an ellipse
     (r'(?<=\d)(?: ?\^ ?\{ ?"?(?:st|nd|rd|th)"? ?\}|[ "]*(?:st|nd|rd|th)END"?)', ""),  # 5th
     (r'"? ?\bmod\b ?"?', r"\\pmod "),
     # numbers
     (r"\\(frac|binom)\s*(\d)\s*(\d)", r"\\\1{\2}{\3}"),
+    (r"(?<![a-zA-Z])C ?_ ?\{?(\d+)\}? ?\^ ?\{?(\d+)\}?", r"\\binom{\1}{\2}"),
     (r"(?<![:\d])(\d+):00(?![:\d])", r"\1"),
-    (r"(\d+\.\d+(?=[eE]-)|\d[\d.]*(?=[eE]\+?\d))[eE]\+?(-?\d+)", r"{\1*10^{\2}}"),  # 2.5e-3
+    (r"(?<![\w.])(\d+\.\d+(?=[eE]-)|\d[\d.]*(?=[eE]\+?\d))[eE]\+?(-?\d+)(?!\w)", r"{\1*10^{\2}}"),
     (r"(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{(\d+)\}", repeating_decimal),
     (r"(?<![\d.^_a-zA-Z])(\d+) ?\\frac ?\{(\d+)\}\{(\d+)\}", mixed_number),
     (r"(?<![\d.^_a-zA-Z])(\d+) (\d+)/(\d+)", mixed_number),
     (  # 123_{4} is a number with a unit
-        r"(?<![\w.])(?:\((\d+)\)|(\d+)) *"
+        r"(?<![\w.^])(?:\((\d+)\)|(\d+)) *"
         r'(?:_\{[ ("base)]*(\d+)[ )]*\}|_(\d)|[(" ]*base[" ]*(\d+) ?\)?)',
         r'\1\2"base"^{\3\4\5}',
     ),
     # names
     (r"m?\\angleEND ?([A-Z]+)|\\overline ?\{([A-Z]{2})\}|\|([A-Z]{2})\|", r"\1\2\3"),
     (r"^ ?f ?\(x\) ?=", "y="),
+    (r"(?<![\w\\])([a-z]) ?= ?(?=[a-z] ?=.{0,30}?([^=]{1,30})$)", r"\1=\2,"),  # x = y = 1
     # what stands without a backslash
     (r"(?<![\\a-zA-Z])(sqrt|pi|sin|cos|tan|log|ln|infty)END", r"\\\1"),
     (r"(?<![\\a-zA-Z])(?:oo|infinity)END", r"\\infty "),
-    (r"(?<![a-zA-Z])C ?_ ?\{?(\d+)\}? ?\^ ?\{?(\d+)\}?", r"\\binom{\1}{\2}"),
-    # sets
+    # lists and sets
+    (r";", ","),
     (r"^\]|(?<=\\cup )\]", "("),  # ]1,2[ is (1,2)
     (r"\[$|\[(?= ?\\cup)", ")"),
-    (r"(?<![\w\\])([a-z]) ?= ?(?=[a-z] ?=.*?([^=]{1,30})$)", r"\1=\2,"),  # x = y = 1
     (r" ?\(([a-z] ?\\in[^()]*)\)$", r", \1"),
-    (r";", ","),
     (r"(?<=[\])]) ?U ?(?=[\[(])", r"\\cup "),
     (r"\(-\\infty, ?\\infty ?\) ?(?:\\setminus|\\backslash|-) ?\\\{([^{},]*)\\\}", r"x!=\1"),
     (r"\\\{ ?\w ?(?:\\in ?\(-\\infty,\\infty\))? ?(?:\||:|\\mid) ?(.*?)\\\}", r"\1"),
@@ -199,7 +202,7 @@ def units_differ(one: str, other: str) -> bool:
 
 def units(text: str) -> tuple:
     """Return the quoted words in a normalised answer, without names, and their exponents."""
-    text = text.translate(MONEY).lower()
+    text = text.translate(str.maketrans(UNITS)).lower()
     quoted = re.findall(r'(?<!\{)"([ a-z][^"]*)"(?! ?=)(?: ?\^ ?\{?(\d+))?', text)
     words = re.findall("[a-z]+", " ".join(phrase for phrase, _ in quoted))
     unscaled = " ".join(word for word in words if word not in SCALES)

@@ -38,7 +38,7 @@ def is_equal(answer: str, gold: str) -> bool:
     if not answer or not gold or units_differ(answer, gold):
         return False
     budget = Budget()
-    return any(is_same(one, other, budget) for one, other in readings(answer, gold))
+    return any(is_same(one, other, budget) for one, other in dict.fromkeys(readings(answer, gold)))
 
 
 # Where one side alone matches a pattern, it may mean what is written here, besides itself.
