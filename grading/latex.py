@@ -129,7 +129,7 @@ REWRITES = [
     (r"(?<![\d.^_a-zA-Z])(\d+) (\d+)/(\d+)", mixed_number),
     (  # 123_{4} is a number with a unit
         r"(?<![\w.^])(?:\((\d+)\)|(\d+)) *"
-        r'(?:_\{[ ("base)]*(\d+)[ )]*\}|_(\d)|[(" ]*base[" ]*(\d+) ?\)?)',
+        r'(?:_\{[ ("base)]*(\d+)[ )]*\}|_(\d)|[(" ]*base[" ]*(\d+) ?\)?)(?![^,]*\d)',
         r'\1\2"base"^{\3\4\5}',
     ),
     # names
@@ -141,12 +141,16 @@ REWRITES = [
     (r"(?<![\\a-zA-Z])(?:oo|infinity)END", r"\\infty "),
     # lists and sets
     (r";", ","),
+    (r"\\begin ?\{(cases|aligned)\}([^&]*?)\\end ?\{\1\}", r"\2"),  # a system
     (r"^\]|(?<=\\cup )\]", "("),  # ]1,2[ is (1,2)
     (r"\[$|\[(?= ?\\cup)", ")"),
     (r" ?\(([a-z] ?\\in[^()]*)\)$", r", \1"),
     (r"(?<=[\])]) ?U ?(?=[\[(])", r"\\cup "),
-    (r"\(-\\infty, ?\\infty ?\) ?(?:\\setminus|\\backslash|-) ?\\\{([^{},]*)\\\}", r"x!=\1"),
-    (r"\\\{ ?\w ?(?:\\in ?\(-\\infty,\\infty\))? ?(?:\||:|\\mid) ?(.*?)\\\}", r"\1"),
+    (
+        r"(?:\w ?\\in ?)?\(-\\infty,\\infty\) ?(?:\\setminus|\\backslash|-) ?\\\{([^{},]*)\\\}",
+        r"x!=\1",
+    ),
+    (r"\\\{ ?[a-zA-Z] ?(?:\\in ?\(-\\infty,\\infty\))? ?(?:\||:|\\mid) ?(.*?)\\\}", r"\1"),
     # units: 18 dollars, 10cm^2
     (
         r"(?<=[\d)}°])((?: [a-zA-Z]{4,}| ?(?:cents|pct|[kcm]m|kg|ft|lbs?|oz|mph|min|men|per)END)"
@@ -197,7 +201,8 @@ def units_differ(one: str, other: str) -> bool:
     letters = iter(long)
     is_same = short[:1] == long[:1] and all(letter in letters for letter in short)
     is_same = is_same or long.endswith(" " + short)  # large eggs are eggs
-    return short != "" and (powers != other_powers or not is_same)
+    is_rate = re.match(short + r" (per|h|hr|s|sec)\b", long)  # km is not km/h
+    return short != "" and (powers != other_powers or not is_same or bool(is_rate))
 
 
 def units(text: str) -> tuple:

@@ -35,7 +35,7 @@ def is_equal(answer: str, gold: str) -> bool:
         return answer.strip() == gold.strip() != ""
     answer = normalise(answer)
     gold = normalise(gold)
-    if not answer or not gold or units_differ(answer, gold):
+    if not plain_text(answer) or not plain_text(gold) or units_differ(answer, gold):
         return False
     budget = Budget()
     return any(is_same(one, other, budget) for one, other in dict.fromkeys(readings(answer, gold)))
@@ -45,7 +45,7 @@ def is_equal(answer: str, gold: str) -> bool:
 MEANINGS = [
     (re.compile('"percent"'), ["/100"]),
     (re.compile(r"^(.+)\\approx(?![a-z])(.+)$"), [r"\1", r"\2"]),
-    (re.compile(r'^["(]*([A-F])"?[.):][)": ]*([^)": ].*)$'), [r"\1", r"\2"]),  # (B) 12
+    (re.compile(r'^["(]*([A-F])"?(?:[.)]|: )[)": ]*([^)": ].*)$'), [r"\1", r"\2"]),  # (B) 12
 ]
 
 
@@ -145,7 +145,7 @@ def read(text: str, budget: Budget, depth: int = 0) -> Node:
             items += node.content if node.kind == "list" else [node]
         return sorted(items, key=lambda node: node.sides[:1])  # y = 2, x = 1 as x = 1, y = 2
 
-    items, commas = split(text, {",", r"\cup"})  # a union is a list of intervals
+    items, commas = split(text, {",", r"\\", r"\cup"})  # a union is a list of intervals
     if commas:
         is_names = re.fullmatch('["a-zA-Z, ]+', text)
         return Node("names" if is_names else "list", read_list(items))
@@ -153,10 +153,8 @@ def read(text: str, budget: Budget, depth: int = 0) -> Node:
     if signs:
         return read_relation(text, sides, signs, read_all)
     if matrix := MATRIX.fullmatch(text):
-        rows = split(matrix[2], {r"\\"})[0]
-        if matrix[1] == "cases" and "&" not in matrix[2]:  # a system
-            return Node("list", read_list(rows))
-        return Node("matrix", [Node("row", read_all(split(row, {"&"})[0])) for row in rows if row])
+        rows = filter(None, split(matrix[2], {r"\\"})[0])
+        return Node("matrix", [Node("row", read_all(split(row, {"&"})[0])) for row in rows])
     tokens = TOKEN.findall(text) or [""]
     depths = [*accumulate(map(nesting, tokens)), 0]
     if tokens[0] in BRACKETS and depths.index(0) == len(tokens) - 1:  # all is within one bracket
