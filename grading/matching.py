@@ -43,7 +43,7 @@ def is_equal(answer: str, gold: str) -> bool:
 
 # Where one side alone matches a pattern, it may mean what is written here, besides itself.
 MEANINGS = [
-    (re.compile('"percent"'), ["/100"]),
+    (re.compile('" ?percent"'), ["/100"]),
     (re.compile(r"^(.+)\\approx(?![a-z])(.+)$"), [r"\1", r"\2"]),
     (re.compile(r'^["(]*([A-F])"?(?:[.)]|: )[)": ]*([^)": ].*)$'), [r"\1", r"\2"]),  # (B) 12
 ]
