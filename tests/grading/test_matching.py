@@ -89,6 +89,7 @@ SAME = [
     ("2, -3", "-3,2"),
     (r"2 \text{ and } -3", "-3, 2"),
     (r"\{1, 2\}", "2,1"),
+    ("1; 2", "2,1"),
     (r"1 \pm \sqrt{2}", r"1-\sqrt2, 1+\sqrt2"),
     (r"x = 2 \text{ or } x = 3", "3,2"),
     ("(1,2),(3,4)", "(3, 4), (1, 2)"),
@@ -207,11 +208,15 @@ SAME = [
     # money and other units
     (r"\$25", r"25\text{ dollars}"),
     (r"\$3,000,000", r"3\text{ million dollars}"),
+    (r"\$3,000,000", "3 million"),
+    (r"\text{Area}=9", "9 cm"),
+    (r"x_{\text{max}}=9", "9 cm"),
     ("4.75 USD", r"\$4.75"),
     (r"\yen 90", "90¥"),
     ("Rs. 40", "40"),
     ("25¢", r"25\text{ cents}"),
-    (r"25\text{ sq. cm}", r"25\mathrm{~cm^2}"),
+    (r"25\text{ sq. m}", r"25\text{ m}^2"),
+    (r"25\mathrm{~m^2}", "25"),
     (r"6 \text{ cubic feet}", "6 ft³"),
     ("8  km", r"8\,\ \text{kilometers}"),
     (r"12\ \mathrm{N}", "12"),
@@ -391,7 +396,9 @@ DIFFERENT = [
     ("1,234", "(1,234)"),
     ("12 34", "1234"),
     ("123 45", "12345"),
+    ("1234 567", "1234567"),
     (r"\$25", r"25\text{ cents}"),
+    ("$25", "25¢"),
     ("€40", r"\$40"),
     (r"5\%", r"5^\circ"),
     ("40 feet", r"40^\circ"),
@@ -435,6 +442,7 @@ DIFFERENT = [
     ("9:15", "9:51"),
     ("12:30", "1230"),
     ("3am + 2", "5"),
+    ("3 am + 2", "5"),
     ("(B) 17", "(C) 17"),
     (r"(D)\ \frac13", "C"),
     ("A:B = 2:3", "2:3"),
@@ -454,6 +462,27 @@ def test_equal(one, other):
 @pytest.mark.parametrize("one, other", DIFFERENT)
 def test_not_equal(one, other):
     assert not is_equal(one, other) and not is_equal(other, one)
+
+
+def test_synonyms_in_their_places():
+    for text, synonyms in {
+        "12": r"3\cdot4 3×4 3·4 24\div2 24÷2 \vert-12\vert \lvert-12\rvert 1200\% 12\cent",
+        "-3/4": "−3/4 -¾ -75% −¼-½ -\\cfrac34 -75\\text{%} -75\\text{\\%}",
+        "x<=2": r"x\leqslant2 x≤2 2\geqslant{x} 2≥x",
+        "x<2": r"x\lt2 2\gt{x}",
+        "x!=2": r"x≠2 x\ne2",
+        r"f'(2)": r"f^\prime(2) f′(2)",
+        r"\{a,b\}": r"\lbrace{a},b\rbrace",
+        r"\emptyset": r"∅ \varnothing",
+        r"\lceil x+y\rceil": "⌈y+x⌉",
+        r"\lceil 2x\rceil+y": r"y+\lceil2x\rceil",
+        r"\binom52": r"\tbinom52 10",
+        r"\sqrt2": r"\sqrt2≈1.4",
+        r"x\pmod5": r"x\bmod5 x\mod5",
+        r"1,\ldots,n": r"1,\dots,n 1,…,n 1,\dotsc,n 1,\dotsb,n",
+    }.items():
+        for synonym in synonyms.split():
+            assert is_equal(synonym, text), synonym
 
 
 def test_a_gold_list_of_numbers_is_no_long_number():
