@@ -22,9 +22,10 @@ MATRIX = re.compile(
 def is_equal(answer: str, gold: str) -> bool:
     r"""Return whether two final answers, in LaTeX or plain, are mathematically the same.
 
-    Exact: no tolerance, no rounding. Units, percent and degree signs, and one side's `x =` are
-    ignored. Lists, sets and unions may be in any order; tuples, intervals and matrices may not.
-    What is no mathematics is compared as text. Work is bounded, and nothing is raised.
+    Exact: no tolerance, no rounding. One side may leave out a unit, a base, a.m., or `x =`; 50% is
+    50 or 1/2. Lists, sets and unions may be in any order; tuples, intervals, matrices and lists of
+    words may not. What is no mathematics is compared as text. Work is bounded, and nothing is
+    raised.
 
     >>> is_equal(r"x = 1\frac{1}{2} \text{ cm}", "3/2")
     True
@@ -41,7 +42,7 @@ def is_equal(answer: str, gold: str) -> bool:
     return any(is_same(one, other, budget) for one, other in dict.fromkeys(readings(answer, gold)))
 
 
-# Where one side alone matches a pattern, it may mean what is written here, besides itself.
+# If one side alone matches a pattern, the replacements are further readings of it.
 MEANINGS = [
     (re.compile('" ?percent"'), ["/100"]),
     (re.compile(r"^(.+)\\approx(?![a-z])(.+)$"), [r"\1", r"\2"]),
@@ -50,7 +51,7 @@ MEANINGS = [
 
 
 def readings(answer: str, gold: str) -> list[tuple]:
-    """Return the pairs of texts, one of which must match: 101,103 is one number or two."""
+    """Return pairs of texts, one of which must match: 101,103 may be one number or two."""
     number_list = r"\d{3}(?:,[1-9]\d\d)+"
     one = join_thousands(answer)
     other = join_thousands(gold, rf"{number_list}(?<!0)")  # 10 and 103 is no 101,103
@@ -89,12 +90,12 @@ def answer_key(answer: str) -> str:
 class Node(NamedTuple):
     r"""Holds one node of an answer's tree.
 
-    kind                          content
-    list, names, set, matrix, row nodes; names is a list of words, which has an order
-    (), [], (], [), \{\}, ...     the nodes between these brackets
-    =, !=, <, <=, \in             the nodes of the two sides, whose texts are `sides`
-    value                         a Value
-    text                          a string
+    kind                           content
+    list, names, set, matrix, row  nodes; names is a list of words, which has an order
+    (), [], (], [), \{\}, ...      the nodes between these brackets
+    =, !=, <, <=, \in              the nodes of the two sides, whose texts are `sides`
+    value                          a Value
+    text                           a string
     """
 
     kind: str
