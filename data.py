@@ -326,7 +326,7 @@ def load_problems(config) -> tuple[list[dict], dict[str, list[dict]]]:
         f"{len(problems)} problems to train on: lower it, or give more",
     )
     for name in names:
-        heldout[name] = heldout[name][: config.evaluation.problems]
+        heldout[name] = sample_problems(heldout[name], config.evaluation.problems, name)
     return problems, heldout
 
 
@@ -346,12 +346,23 @@ def hold_out(
     return training, heldout
 
 
+def sample_problems(problems: list[dict], count: int, file: str) -> list[dict]:
+    """Return at most `count` problems of a file, chosen by a hash of the problem, with a note.
+
+    The first ones would be of one subject in a file that is sorted by subject.
+    """
+    if len(problems) <= count:
+        return problems
+    note(f"{file}: {count} of {len(problems)} problems, chosen by a hash of their text")
+    return sorted(problems, key=lambda problem: zlib.crc32(problem_key(problem).encode()))[:count]
+
+
 def is_validation(problem: dict, fraction: float) -> bool:
     """Return whether a problem is in the share `fraction` of problems that is held out.
 
-    This depends on nothing but the problem's text.
+    This depends on nothing but the problem's text, whatever its spaces.
     """
-    return zlib.crc32(problem["problem"].encode()) < fraction * 2**32
+    return zlib.crc32(problem_key(problem).encode()) < fraction * 2**32
 
 
 def problem_key(problem: dict) -> str:

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import data
 import toy
-from rewards import answer_of, check_grader, grade
+from rewards import answer_of, check_grader, grade, grader_fingerprint
 from rollout import Rollout, sample, sampling_settings
 from support import distributed, models
 from support.config import (
@@ -42,6 +42,8 @@ from support.distributed import World, note
 from support.files import file_name, fingerprint, replace_text
 from support.log import versions
 
+POWERS_OF_2 = [2**i for i in range(20)]
+NO_ANSWER = -1  # in Evaluation.answers
 EVALUATION_STEP = -1  # the `step` that seeds evaluations; no training step has this number
 
 # Settings of this command only.
@@ -49,7 +51,6 @@ SETTINGS = {
     "data": "auto",  # problem file, or several as [a,b]; auto: generated Countdown problems
     "problems": 200,  # number of problems per file
     "samples": 16,  # completions per problem
-    "k": "auto",  # the k of Pass@k, such as [1,8,64]; auto: the powers of two below samples
     "show": 0,  # number of easiest and of hardest problems whose completions are printed
     "out": "auto",  # the result is evaluations/<out>.json; auto: from model, data and settings
 }
@@ -100,18 +101,23 @@ def majority_at_k(answers, correct, k: int):
     """Estimate the chance that the most frequent of k answers is correct.  [P, n] -> [P]
 
     If several answers are equally frequent, the share of them that is correct counts. `answers` are
-    numbers that identify the distinct answers of a problem. The result is the mean over n // k
-    disjoint blocks of k samples.
+    numbers that identify the distinct answers of a problem. NO_ANSWER (a truncated completion, or
+    one without an answer) does not vote. An answer is correct if a completion with it was graded
+    so. The result is the mean over n // k disjoint blocks of k samples.
+
+    >>> majority_at_k(np.array([[1, 1, 1, 2]]), np.array([[False, True, True, False]]), 4)
+    array([1.])
     """
     problems = len(answers)
     blocks = answers.shape[1] // k
     result = np.zeros(problems)
     for p in range(problems):
-        for block in range(blocks):
-            samples = slice(block * k, (block + 1) * k)
-            _, first, votes = np.unique(answers[p, samples], return_index=True, return_counts=True)
-            winners = first[votes == votes.max()]
-            result[p] += correct[p, samples][winners].mean() / blocks
+        correct_answers = answers[p][correct[p]]
+        for block in np.split(answers[p, : blocks * k], blocks):
+            distinct, votes = np.unique(block[block != NO_ANSWER], return_counts=True)
+            winners = distinct[votes == votes.max(initial=0)]
+            if len(winners):
+                result[p] += np.isin(winners, correct_answers).mean() / blocks
     return result
 
 
@@ -195,7 +201,7 @@ class Evaluation:
     """
 
     correct: np.ndarray  # [P, n] bool
-    answers: np.ndarray  # [P, n] numbers that identify the distinct answers of a problem
+    answers: np.ndarray  # [P, n] numbers that identify the distinct answers, or NO_ANSWER
     lengths: np.ndarray  # [P, n] tokens
     stopped: np.ndarray  # [P, n] bool, False: truncated
     entropy: np.ndarray  # [tokens] float32, nats
@@ -219,8 +225,8 @@ class Evaluation:
         totals = np.concatenate([[0.0], np.cumsum(token_values, dtype=np.float64)])
         return np.diff(totals[np.concatenate([[0], ends])])
 
-    def metrics(self, ks, base: "Evaluation | None" = None) -> dict[str, Estimate]:
-        """Return every metric in the order of the table.
+    def metrics(self, base: "Evaluation | None" = None, ks=POWERS_OF_2) -> dict[str, Estimate]:
+        """Return every metric in the order of the table; Pass@k for each k <= n of `ks`.
 
         d_collapse is included only if `base`, the result of the base model, is given.
         """
@@ -228,14 +234,14 @@ class Evaluation:
         first_16 = self.correct[:, :16]
         one = np.ones(problems)
         tokens = self.lengths.sum(axis=1).astype(float)
-        distinct = np.array([len(np.unique(row)) for row in self.answers], dtype=float)
+        distinct = [len(np.unique(row[row != NO_ANSWER])) for row in self.answers]
         metrics = {f"acc@{first_16.shape[1]}": Estimate(first_16.mean(axis=1), one)}
-        for k in ks:
+        for k in [k for k in ks if k <= samples]:
             metrics[f"pass@{k}"] = Estimate(pass_at_k(samples, self.correct.sum(axis=1), k), one)
         metrics[f"majority@{samples}"] = Estimate(
             majority_at_k(self.answers, self.correct, samples), one
         )
-        metrics["distinct"] = Estimate(distinct, one)
+        metrics["distinct"] = Estimate(np.array(distinct, dtype=float), one)
         metrics["entropy"] = Estimate(self.sum_per_problem(self.entropy), tokens)
         if base is not None:
             threshold = forking_threshold(base.entropy)
@@ -252,10 +258,9 @@ class Evaluation:
         return metrics
 
     def summary(self, base: "Evaluation | None" = None, ks=(1, 4, 16, 64, 128)) -> dict[str, tuple]:
-        """Return {metric: (value, standard error)}; a k above the number of samples is left out."""
-        ks = [k for k in ks if k <= self.correct.shape[1]]
+        """Return {metric: (value, standard error)}."""
         return {
-            name: (metric.value, metric.error) for name, metric in self.metrics(ks, base).items()
+            name: (metric.value, metric.error) for name, metric in self.metrics(base, ks).items()
         }
 
 
@@ -305,8 +310,9 @@ def evaluate(
             progress=bar.update,
         )
     answers = []
-    for row, text in zip(rows, texts):
-        answers.append(zlib.crc32(answer_of(problems[row // samples], text).encode()))
+    for row, text, stopped in zip(rows, texts, rollout.stopped.tolist()):
+        answer = answer_of(problems[row // samples], text)
+        answers.append(zlib.crc32(answer.encode()) if answer and stopped else NO_ANSWER)
     answers = torch.tensor(answers, dtype=torch.long, device=world.device)
     columns = torch.stack([correct.long(), answers, rollout.lengths, rollout.stopped.long()], dim=1)
     table = world.gather(columns).cpu().numpy()
@@ -333,7 +339,7 @@ def evaluate_once(
         problems,
         data.prompt_ids(tokenizer, problems, config.prompt),
         models.stop_ids(model, tokenizer),
-        config.grader,
+        grader_fingerprint(config.grader),
         config.max_new_tokens,
         config.temperature,
         samples,
@@ -420,14 +426,13 @@ def caption(problems: int, samples: int, temperature: float) -> str:
 def main(arguments: list[str]) -> None:
     show_help(arguments, __doc__, SETTINGS)
     config = load_evaluation_config(arguments)
-    ks = parse_ks(config.k, config.samples)
     names = split_list(config.model)
     with distributed.start(config.precision, config.distributed_timeout) as world:
         report = {}
         for file in split_list(config.data):
             problems = load_file(file, config)
             results = evaluate_models(names, file, problems, config, world)
-            report[file] = compare(results, ks)
+            report[file] = compare(results)
             if world.is_main:
                 print_comparison(file, report[file], len(problems), config)
         if world.is_main:
@@ -465,25 +470,6 @@ def load_evaluation_config(arguments: list[str]):
     return config
 
 
-def parse_ks(text: str, samples: int) -> list[int]:
-    """Return the k of Pass@k: a list such as [1,8,64], or auto.
-
-    auto stands for the powers of two below the number of samples.
-    """
-    if text == "auto":
-        return [2**i for i in range(20) if 2**i < max(samples, 2)]
-    texts = split_list(text)
-    require(
-        all(k.isdecimal() and int(k) > 0 for k in texts),
-        f"k={text}: give whole numbers, as in [1,8,64]",
-    )
-    ks = sorted({int(k) for k in texts})
-    require(
-        ks[-1] <= samples, f"k={ks[-1]} with samples={samples}: Pass@k needs at least k samples"
-    )
-    return ks
-
-
 def load_file(file: str, config) -> list[dict]:
     """Return the problems of a file, at most `problems` of them."""
     if file == "auto":
@@ -491,9 +477,7 @@ def load_file(file: str, config) -> list[dict]:
     problems = data.read_problems(
         file, problem_field=config.problem_field, answer_field=config.answer_field
     )
-    if len(problems) > config.problems:
-        note(f"{file}: the first {config.problems} of {len(problems)} problems")
-    return problems[: config.problems]
+    return data.sample_problems(problems, config.problems, file)
 
 
 def evaluate_models(
@@ -536,7 +520,7 @@ def warn_other_prompts(model: str, config) -> None:
             )
 
 
-def compare(results: dict[str, Evaluation], ks: list[int]) -> dict[str, dict]:
+def compare(results: dict[str, Evaluation]) -> dict[str, dict]:
     """Return {model: {metric: (value, error)}}.
 
     From the second model on it also has "differences" from the first. A difference is (value, low,
@@ -545,7 +529,7 @@ def compare(results: dict[str, Evaluation], ks: list[int]) -> dict[str, dict]:
     base = next(iter(results.values()))
     metrics = {}
     for name, result in results.items():
-        metrics[name] = result.metrics(ks, base if len(results) > 1 else None)
+        metrics[name] = result.metrics(base if len(results) > 1 else None)
     first, *others = metrics
     report = {}
     for name, estimates in metrics.items():

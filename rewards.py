@@ -5,9 +5,12 @@ RLIF (RL from internal feedback) rewards are computed from what the sampler reco
 they carry no gradient and do not depend on whether the completion is correct.
 """
 
+import importlib.metadata
 import importlib.util
 import re
+import zlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -99,6 +102,20 @@ def answer_of(problem: dict, text: str) -> str:
     if answer is None:
         return ""
     return answer_key(answer)
+
+
+def grader_fingerprint(grader: str) -> str:
+    """Return a checksum of the code that grades, and of the version of math_verify.
+
+    It keeps stored verdicts of another grader from being used.
+    """
+    folder = Path(__file__).parent
+    value = 0
+    for file in [folder / "rewards.py", *sorted((folder / "grading").glob("*.py"))]:
+        value = zlib.crc32(file.read_bytes(), value)
+    if grader == "math_verify":
+        value = zlib.crc32(importlib.metadata.version("math-verify").encode(), value)
+    return f"{grader}-{value:08x}"
 
 
 def grade(

@@ -12,6 +12,7 @@ Shapes: B completions, P padded prompt length, C padded completion length, T = P
 """
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -290,7 +291,7 @@ def sample(
             output = model.generate(
                 input_ids=batch.ids,
                 attention_mask=batch.attention,
-                past_key_values=batch.cache,
+                **cache_argument(model, batch.cache),
                 logits_processor=[sampler],
                 generation_config=generation_config(
                     min(segment, max_new_tokens - int(batch.lengths.max())), stop
@@ -455,7 +456,7 @@ def prefill(model, prompts: list[list[int]], rows: range) -> Batch:
     model.base_model(
         ids[:, :-1],
         attention_mask=attention[:, :-1],
-        past_key_values=cache,
+        **cache_argument(model, cache),
         use_cache=True,
         position_ids=(attention[:, :-1].cumsum(dim=1) - 1).clamp(min=0),
     )
@@ -463,6 +464,14 @@ def prefill(model, prompts: list[list[int]], rows: range) -> Batch:
     cache.batch_select_indices(copies)
     numbers = torch.tensor(list(rows), device=device)
     return Batch(numbers, torch.zeros_like(numbers), ids[copies], attention[copies], cache)
+
+
+def cache_argument(model, cache: DynamicCache) -> dict:
+    """Return the KV cache under the name that this version of transformers has for it."""
+    names = inspect.signature(model.base_model.forward).parameters
+    if "cache" in names:  # since 5.24
+        return {"cache": cache}
+    return {"past_key_values": cache}
 
 
 def pad_left(x: Tensor, size: int, *, dim: int) -> Tensor:

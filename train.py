@@ -32,7 +32,15 @@ import data
 import grpo
 import scope
 import toy
-from evaluate import Evaluation, caption, evaluate, evaluate_once, evaluation_metrics, metrics_table
+from evaluate import (
+    POWERS_OF_2,
+    Evaluation,
+    caption,
+    evaluate,
+    evaluate_once,
+    evaluation_metrics,
+    metrics_table,
+)
 from objectives import OBJECTIVES, MicroBatch
 from rewards import REWARDS, check_grader, grade
 from rollout import Rollout, rescore, sample, sampling_settings
@@ -579,11 +587,10 @@ def finish(run: Run, log: Log, base: dict[str, Evaluation]) -> None:
         run.policy.save_pretrained(unfinished)
         run.tokenizer.save_pretrained(unfinished)
         (unfinished / "README.md").write_text(model_card(config, tables), encoding="utf-8")
-    every_k = [2**i for i in range(20)]
     report = {
         file: {
-            "base": base[file].summary(base[file], every_k),
-            "trained": result.summary(base[file], every_k),
+            "base": base[file].summary(base[file], POWERS_OF_2),
+            "trained": result.summary(base[file], POWERS_OF_2),
         }
         for file, result in trained.items()
     }

@@ -4,6 +4,7 @@ import difflib
 import math
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,11 +30,27 @@ class RunError(UserError):
     exit_code = 1
 
 
-OUT_OF_MEMORY = (
-    "out of memory: lower micro_batch_tokens (or micro_batch_size) if it happened in the update, "
-    "rollout.batch_size if it happened in sampling, or give gradient_checkpointing=true or "
-    "offload=true; resume=true continues the run"
-)
+# The functions of a run in which memory can run out, and the settings that change what they need.
+MEMORY_HINTS = {
+    "sample": "sampling: lower rollout.batch_size or max_new_tokens",
+    "rescore": "rescoring: lower micro_batch_tokens, micro_batch_size or logits_chunk",
+    "select": "the selection: lower prompts_per_step or group_size",
+    "update": "the update: lower micro_batch_tokens, micro_batch_size or logits_chunk, or give "
+    "gradient_checkpointing=true or offload=true",
+    "save": "saving a checkpoint: give offload=true or more ranks",
+    "set_up": "loading: give offload=true, more ranks or a smaller model",
+}
+
+
+def out_of_memory(error: Exception) -> str:
+    """Return one line that names where memory ran out; "" if the error is another one."""
+    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    if not known and "alloc" not in str(error).lower():  # as the CPU's allocator and cuBLAS say it
+        return ""
+    for frame in traceback.extract_tb(error.__traceback__):
+        if frame.name in MEMORY_HINTS:
+            return f"out of memory in {MEMORY_HINTS[frame.name]}; resume=true continues the run"
+    return "out of memory"
 
 
 def require(condition: bool, message: str) -> None:
@@ -51,14 +68,20 @@ def lookup(key: str, name: str, records: dict):
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """End the program with one line on stderr when the user made a mistake or memory ran out."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show a character
     try:
         yield
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":  # with torchrun all ranks make the same mistake
             print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except torch.OutOfMemoryError:
-        print(f"error: {OUT_OF_MEMORY}", file=sys.stderr)
+    except (RuntimeError, MemoryError) as error:
+        line = out_of_memory(error)
+        if not line:
+            raise
+        print(f"error: {line}", file=sys.stderr)
         sys.exit(RunError.exit_code)
     except OSError as error:  # such as a full disk, or a folder that may not be written to
         print(f"error: {error}", file=sys.stderr)

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from support.config import OUT_OF_MEMORY, RunError, UserError, require
+from support.config import RunError, UserError, out_of_memory, require
 
 
 @dataclass(frozen=True)
@@ -215,11 +215,11 @@ def set_cuda_options(dtype: torch.dtype) -> None:
 def end_rank(world: World, error: Exception) -> None:
     """Print why this rank failed and end the process, without waiting for other ranks."""
     status = 1
-    if isinstance(error, UserError | torch.OutOfMemoryError):
-        line = OUT_OF_MEMORY
-        if isinstance(error, UserError):
-            line = str(error)
-            status = error.exit_code
+    line = out_of_memory(error)
+    if isinstance(error, UserError):
+        line = str(error)
+        status = error.exit_code
+    if line:
         if world.is_main:
             print(f"error: {line}", file=sys.stderr, flush=True)
         else:

@@ -5,6 +5,7 @@ the logits of a whole batch never exist. `load` refuses models whose logits are 
 lm_head(hidden states).
 """
 
+import json
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
 from support.config import UserError, require
-from support.distributed import pinned_copy
+from support.distributed import note, pinned_copy
 
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()  # check_tensors reports missing tensors
@@ -78,7 +79,7 @@ def load_tokenizer(name: str):
         f"model={name} is a multimodal model ({shape.model_type}): give a model for text only",
     )
     for field, value in vars(shape).items():
-        if "dropout" in field and value:
+        if ("dropout" in field or field == "router_jitter_noise") and value:
             # with dropout the scored distribution is not the sampled one
             setattr(shape, field, 0.0)
     require(
@@ -90,6 +91,10 @@ def load_tokenizer(name: str):
         f"model={name}: its tokenizer has {tokens} tokens and the model only {shape.vocab_size}: "
         "give a folder whose tokenizer and weights belong together",
     )
+    if tokenizer.chat_template is not None:
+        chat = [{"role": "user", "content": "?"}]
+        if render_chat(tokenizer, chat) == render_chat(tokenizer, chat, add_generation_prompt=True):
+            note(f"model={name}: its chat template adds nothing after the user's turn")
     return tokenizer, shape
 
 
@@ -189,8 +194,11 @@ def hidden_states(model, tokens: Tensor) -> Tensor:
 
 
 def fingerprint(model) -> str:
-    """Return a checksum of the weights, whatever file they came from."""
-    value = 0
+    """Return a checksum of the weights and the config, whatever folder they came from."""
+    shape = model.config.to_dict()
+    for key in ("_name_or_path", "transformers_version"):
+        shape.pop(key, None)
+    value = zlib.crc32(json.dumps(shape, sort_keys=True, default=str).encode())
     for parameter in model.parameters():
         data = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         value = zlib.crc32(data, value)
@@ -232,14 +240,32 @@ def encode_prompts(tokenizer, texts: list[str], *, system: str = "") -> list[lis
     Each is the user's turn of the chat template, if the tokenizer has one.
     """
     if tokenizer.chat_template is None:
-        return tokenizer(texts).input_ids
+        return [without_end(ids, tokenizer.eos_token_id) for ids in tokenizer(texts).input_ids]
     before = []
     if system:
         before.append({"role": "system", "content": system})
     chats = [[*before, {"role": "user", "content": text}] for text in texts]
     rendered = render_chat(tokenizer, chats, add_generation_prompt=True)
+    for text, prompt in zip(texts, rendered):
+        require(
+            text.strip() in prompt,
+            "the model's chat template does not write the user's message into the prompt: repair "
+            "its chat_template, or delete it to use prompt.plain",
+        )
+        require(
+            system.strip() in prompt,
+            "the model's chat template ignores prompt.system: leave it empty, and say it in "
+            "prompt.math",
+        )
     # the template writes the special tokens itself
     return tokenizer(rendered, add_special_tokens=False).input_ids
+
+
+def without_end(ids: list[int], eos: int | None) -> list[int]:
+    """Drop the end-of-text token that some tokenizers append: a prompt has not ended."""
+    if ids and ids[-1] == eos:
+        return ids[:-1]
+    return ids
 
 
 def render_chat(tokenizer, chat: list, **arguments):
@@ -301,8 +327,10 @@ def turn_end(tokenizer) -> int | None:
     if tokenizer.chat_template is None:
         return None
     chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "ANSWER"}]
-    rest = render_chat(tokenizer, chat).rpartition("ANSWER")[2].strip()
-    ids = tokenizer(rest, add_special_tokens=False).input_ids
+    _, answer, rest = render_chat(tokenizer, chat).rpartition("ANSWER")
+    if not answer:  # the template does not write the answer as it stands
+        return None
+    ids = tokenizer(rest.strip(), add_special_tokens=False).input_ids
     if ids and ids[0] in tokenizer.get_added_vocab().values():
         return ids[0]
     return None

@@ -12,8 +12,12 @@ from helpers import VOCABULARY, tiny_model
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
-# A shell's `pytest &` ignores SIGINT, and so would the processes to which tests send one.
-signal.signal(signal.SIGINT, signal.default_int_handler)
+
+@pytest.fixture(autouse=True)
+def usual_signals():
+    """Undo what a failed run did to signals, and a shell's `pytest &`, which ignores SIGINT."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @pytest.fixture

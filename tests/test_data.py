@@ -3,12 +3,15 @@
 import json
 import random
 import sys
+from types import SimpleNamespace
 
 import pytest
 from helpers import config_of
 from mathematics import GSM8K, MATH, tokenizer, write
+from tokenizers.processors import TemplateProcessing
 
 import data
+import evaluate
 from rewards import is_equal
 from support.config import UserError
 
@@ -242,6 +245,33 @@ def test_training_and_evaluation_never_overlap(tmp_path, capsys):
     assert len(training) + len(heldout["auto"]) == 26
 
 
+def test_the_spaces_of_a_problem_do_not_change_its_side(tmp_path):
+    spaced = [row | {"problem": f" {row['problem']} ".replace(" ", "  ")} for row in MATH]
+    file = write(tmp_path / "twice.jsonl", MATH + spaced)
+    training, heldout = load(f"data={file}", "validation_fraction=0.3")
+    sides = [
+        {data.problem_key(problem) for problem in side} for side in (training, heldout["auto"])
+    ]
+    assert not sides[0] & sides[1]
+    assert len(heldout["auto"]) % 2 == 0
+
+
+def test_evaluation_takes_problems_of_the_whole_file_by_hash(tmp_path, capsys):
+    """A file sorted by subject must not give one subject; training and evaluate.py agree."""
+    file = write(
+        tmp_path / "sorted.jsonl", [{"problem": str(i), "answer": "1"} for i in range(400)]
+    )
+    _, heldout = load(f"evaluation.data={file}", "evaluation.problems=40")
+    assert f"{file}: 40 of 400 problems, chosen by a hash" in capsys.readouterr().err
+    numbers = [int(problem["problem"]) for problem in heldout[file]]
+    assert len(set(numbers)) == 40
+    assert 120 < sum(numbers) / 40 < 280
+    settings = config_of().__dict__ | {"problems": 40}
+    assert evaluate.load_file(file, SimpleNamespace(**settings)) == heldout[file]
+    reverse = write(tmp_path / "sorted.jsonl", data.read_problems(file)[::-1])
+    assert load(f"evaluation.data={reverse}", "evaluation.problems=40")[1][file] == heldout[file]
+
+
 def test_countdown_rows_of_the_heldout_side_are_left_out(tmp_path, capsys):
     problems = data.countdown(30, heldout=True, **COUNTDOWN) + data.countdown(
         50, heldout=False, **COUNTDOWN
@@ -288,6 +318,35 @@ def test_prompts_use_the_chat_template_or_the_plain_one():
         ids = data.prompt_ids(llama, [PROBLEM], prompt)[0]
         assert ids[0] == llama.bos_token_id
         assert ids.count(llama.bos_token_id) == 1
+
+
+def test_a_plain_prompt_has_not_ended():
+    """Some tokenizers write their end of text behind every text."""
+    words = tokenizer("qwen", chat=False)
+    end = words.eos_token
+    words.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"$A {end}", special_tokens=[(end, words.eos_token_id)]
+    )
+    assert words("4").input_ids[-1] == words.eos_token_id
+    ids = data.prompt_ids(words, [PROBLEM], config_of().prompt)[0]
+    assert words.decode(ids) == config_of().prompt.plain.replace("{problem}", PROBLEM["problem"])
+
+
+@pytest.mark.parametrize(
+    "template, words",
+    [
+        (
+            "{% for part in messages[-1].content %}{{ part.text }}{% endfor %}",
+            "does not write the user's message",
+        ),
+        ("{{ messages[-1].content }}", "ignores prompt.system"),
+    ],
+)
+def test_a_template_that_drops_a_message_is_one_line(template, words):
+    chat = tokenizer("qwen", chat=True)
+    chat.chat_template = template
+    with pytest.raises(UserError, match=words):
+        data.prompt_ids(chat, [PROBLEM], config_of("prompt.system=Think.").prompt)
 
 
 def test_prompts_that_do_not_fit_the_context_are_left_out(tmp_path, capsys):

@@ -2,13 +2,15 @@
 
 import math
 import random
+import shutil
 import time
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import tiny_model
+from helpers import ROOT, tiny_model
 
+import rewards
 from data import random_chain
 from rewards import REWARDS, grade, solves_countdown
 from rollout import sample
@@ -139,6 +141,23 @@ def test_a_users_mistake_in_a_grader_does(monkeypatch):
     monkeypatch.setattr("rewards.is_correct", grader)
     with pytest.raises(UserError):
         grade(*arguments, "math_verify")
+
+
+def test_a_graders_fingerprint_is_that_of_its_code(tmp_path, monkeypatch):
+    shutil.copytree(ROOT / "grading", tmp_path / "grading")
+    shutil.copy(ROOT / "rewards.py", tmp_path)
+    before = rewards.grader_fingerprint("exact")
+    monkeypatch.setattr(rewards, "__file__", str(tmp_path / "rewards.py"))
+    assert rewards.grader_fingerprint("exact") == before
+    for file in ("rewards.py", "grading/latex.py"):
+        with (tmp_path / file).open("a") as code:
+            code.write("\n")
+        assert rewards.grader_fingerprint("exact") != before
+        before = rewards.grader_fingerprint("exact")
+    monkeypatch.setattr("importlib.metadata.version", lambda package: "1")
+    one = rewards.grader_fingerprint("math_verify")
+    monkeypatch.setattr("importlib.metadata.version", lambda package: "2")
+    assert rewards.grader_fingerprint("math_verify") != one
 
 
 # ---------------------------------------------------------------- RLVR and RLIF

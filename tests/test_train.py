@@ -306,16 +306,35 @@ def test_the_command_ends_a_mistake_with_one_line_and_code_2(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_out_of_memory_is_one_line_and_code_1(in_tmp, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "place, words",
+    [
+        ("rollout.prefill", "sampling: lower rollout.batch_size"),
+        ("scope.entropy_baseline", "rescoring: lower micro_batch_tokens"),
+        ("scope.select_tokens", "the selection: lower prompts_per_step"),
+        ("support.optimizer.MasterAdamW.step", "the update: lower micro_batch_tokens"),
+        ("support.optimizer.MasterAdamW.shard", "saving a checkpoint: give offload=true"),
+        ("support.models.set_stop", "loading: give offload=true"),
+    ],
+)
+def test_out_of_memory_is_one_line_that_names_the_place(in_tmp, monkeypatch, capsys, place, words):
+    arguments = [*SMALL, "name=large", "updates_per_rollout=2", "steps=2"]
+    train.main([*arguments, "evaluation.every=0", "save_every=1", "keep=2"])
+    saved = in_tmp / "runs/large/checkpoints/step-000001/model.safetensors"
+    before = saved.read_bytes()
+    shutil.rmtree("runs/large/checkpoints/step-000002")
+    Path("runs/large/evaluation.json").unlink()
+
     def out_of_memory(*arguments, **named):
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(train, "update", out_of_memory)
+    monkeypatch.setattr(place, out_of_memory)
     with pytest.raises(SystemExit) as caught, one_line_errors():
-        train.main([*SMALL, "name=large"])
+        train.main(["name=large", "resume=true"])
     assert caught.value.code == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: out of memory: lower micro_batch_tokens")
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"error: out of memory in {words}")
+    assert saved.read_bytes() == before
 
 
 def test_the_dry_run_prints_the_run_and_writes_nothing(in_tmp, capsys):
@@ -359,7 +378,10 @@ def start(folder, *command):
 
 def test_real_runs(tmp_path):
     """One process, four ranks on two "nodes" of this machine, and one from what four have saved."""
-    with socket.socket() as free:
+    alone = start(tmp_path, ROOT / "train.py", *REAL, "name=alone")
+    printed, errors = alone.communicate(timeout=300)
+    assert alone.returncode == 0, errors
+    with socket.socket() as free:  # only now, or another process could take the port meanwhile
         free.bind(("localhost", 0))
         endpoint = f"--rdzv_endpoint=localhost:{free.getsockname()[1]}"
     node = [
@@ -373,9 +395,6 @@ def test_real_runs(tmp_path):
         *REAL,
         "name=ranks",
     ]
-    processes = [start(tmp_path, ROOT / "train.py", *REAL, "name=alone")]
-    printed, errors = processes[0].communicate(timeout=300)
-    assert processes[0].returncode == 0, errors
     processes = [start(tmp_path, *node), start(tmp_path, *node)]
     outputs = [process.communicate(timeout=300) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs

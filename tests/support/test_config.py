@@ -2,6 +2,9 @@
 
 import contextlib
 import io
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +14,6 @@ from helpers import ROOT
 import evaluate
 import train
 from support.config import (
-    OUT_OF_MEMORY,
     RunError,
     UserError,
     flatten,
@@ -86,7 +88,10 @@ def test_bad_input_is_one_line(tmp_path, argument, words):
     assert all(name.endswith("lock") for name in files)
 
 
-MEMORY = f"error: {OUT_OF_MEMORY}\n"
+MEMORY = "error: out of memory\n"
+CPU_MEMORY = RuntimeError(
+    "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+)
 
 
 @pytest.mark.parametrize(
@@ -95,6 +100,8 @@ MEMORY = f"error: {OUT_OF_MEMORY}\n"
         (UserError("a"), 2, "error: a\n", ""),
         (RunError("b"), 1, "error: b\n", ""),
         (torch.OutOfMemoryError("of 80 GB"), 1, MEMORY, MEMORY),
+        (MemoryError(), 1, MEMORY, MEMORY),
+        (CPU_MEMORY, 1, MEMORY, MEMORY),
         (OSError("disk is full"), 1, "error: disk is full\n", "error: disk is full\n"),
         (KeyboardInterrupt(), 130, "", ""),
     ],
@@ -107,6 +114,25 @@ def test_how_a_command_ends(monkeypatch, capsys, error, code, line, on_others):
             raise error
         assert ended.value.code == code
         assert capsys.readouterr().err == expected
+
+
+def test_other_errors_keep_their_traceback():
+    with pytest.raises(RuntimeError, match="illegal memory access"), one_line_errors():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+def test_a_terminal_that_cannot_show_a_character_does_not_end_the_run():
+    code = (
+        "from support.config import one_line_errors\nwith one_line_errors():\n    print('\u2192 x')"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONIOENCODING": "latin-1"},
+        capture_output=True,
+        timeout=170,
+    )
+    assert (process.returncode, process.stdout, process.stderr) == (0, b"? x\n", b"")
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,8 @@ from transformers import (
     GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    MixtralConfig,
+    MixtralForCausalLM,
     Qwen2ForCausalLM,
 )
 
@@ -127,8 +129,16 @@ def test_bf16_weights_have_fp32_logits(tmp_path):
             )
         ),
         lambda: tiny_model(attention_dropout=0.5),
+        lambda: MixtralForCausalLM(
+            MixtralConfig(
+                vocab_size=40,
+                num_local_experts=4,
+                router_jitter_noise=0.5,
+                **GROUPED | dict(tie_word_embeddings=False),
+            )
+        ),
     ],
-    ids=["of modules", "of functions"],
+    ids=["of modules", "of functions", "of routers"],
 )
 def test_dropout_is_off_whatever_its_name(tmp_path, make):
     make().save_pretrained(tmp_path)
@@ -147,6 +157,11 @@ def test_a_fingerprint_tells_weights_apart(tmp_path):
         other.model.norm.weight[3] += 1e-6
     assert models.fingerprint(model) != models.fingerprint(other)
     assert models.fingerprint(model.bfloat16()) != models.fingerprint(other)
+    same, _ = models.load(shutil.copytree(name, tmp_path / "copy"))
+    other, _ = models.load(name)
+    assert models.fingerprint(same) == models.fingerprint(other)
+    other.config.rms_norm_eps *= 2
+    assert models.fingerprint(same) != models.fingerprint(other)
 
 
 def test_prompts_and_completions_must_fit_the_context():
@@ -342,6 +357,9 @@ def test_a_chat_templates_own_end_of_turn_stops():
     assert end in models.stop_ids(no_eos, words)
     words.chat_template = turn + "\n{% endfor %}"  # it has none: a line break
     assert models.turn_end(words) is None
+    words.chat_template = turn.replace("m.content", "m.content | upper | replace('A', '-')")
+    words.chat_template += "<|im_start|>{% endfor %}"  # the answer is not there as it stands
+    assert models.turn_end(words) is None
 
 
 def test_stop_ids_are_saved_with_the_model(tmp_path):
@@ -370,6 +388,16 @@ def test_a_template_that_prints_the_date_prints_the_same_tomorrow():
     date = "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b') %}"
     words.chat_template = date + "{% endif %}Today is {{ date_string }}."
     assert models.render_chat(words, [{"role": "user", "content": "?"}]) == "Today is 26 Jul 2024."
+
+
+def test_a_template_without_a_generation_prompt_is_noted(tmp_path, capsys):
+    name = folder(tmp_path, "qwen2", chat=True)
+    models.load(name)
+    assert "chat template" not in capsys.readouterr().err
+    file = tmp_path / "chat_template.jinja"
+    file.write_text(file.read_text().replace("{% if add_generation_prompt", "{% if false"))
+    models.load(name)
+    assert "its chat template adds nothing after the user's turn" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
