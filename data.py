@@ -239,16 +239,17 @@ def prompt_ids(tokenizer, problems: list[dict], prompt) -> list[list[int]]:
 
     They are the same in training and in evaluation.
     """
+    chat = tokenizer.chat_template is not None and prompt.chat == "auto"
     texts = []
     for problem in problems:
         if "numbers" in problem:
             template = prompt.countdown
-        elif tokenizer.chat_template is not None:
+        elif chat:
             template = prompt.math
         else:
             template = prompt.plain
         texts.append(format_prompt(template, problem))
-    return models.encode_prompts(tokenizer, texts, system=prompt.system)
+    return models.encode_prompts(tokenizer, texts, chat=chat, system=prompt.system)
 
 
 def drop_long_prompts(problems: list[dict], tokenizer, context: int, config) -> list[dict]:

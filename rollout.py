@@ -48,31 +48,38 @@ def splitmix64(x: Tensor) -> Tensor:
     return x ^ (x >> 31 & 2**33 - 1)
 
 
-def gumbel_noise(
-    seed: int, step: int, rows: Tensor, position: Tensor | int, vocabulary: int
-) -> Tensor:
-    """Return standard Gumbel noise [B, V] for rows [B] at positions [B].
+def uniform(seed: int, step: int, rows: Tensor, position: Tensor | int) -> Tensor:
+    """Return one number in (0, 1) for each row, a pure function of (seed, step, row, position).
 
-    It is a pure function of (seed, step, row, position).
+    rows and position [B] int64 -> [B] float64, odd multiples of 2^-41.
     """
     key = torch.zeros_like(rows)
     for word in (seed, step, rows, position):
         key = splitmix64(key + word + GOLDEN)
-    counter = torch.arange(1, vocabulary + 1, device=rows.device)
-    bits = splitmix64(key[:, None] + counter * GOLDEN) >> 32 & 2**32 - 1
-    uniform = (bits.float() + 0.5) * 2.0**-32
-    # log1p keeps the precision of u near 0, which is where the largest noise comes from.
-    return -torch.log(-torch.log1p(-uniform))
+    bits = key >> 24 & 2**40 - 1
+    return (bits.double() + 0.5) * 2.0**-40
+
+
+def sample_tokens(probs: Tensor, uniform: Tensor) -> Tensor:
+    """Sample a token of each row by the inverse of the cumulative distribution.  [B, V], [B] -> [B]
+
+    This is the first token whose cumulative probability exceeds `uniform` times the total. The sums
+    are fp64, so that a probability is exact to 2^-40; a token of probability 0 is never sampled.
+    """
+    cumulative = probs.cumsum(dim=-1, dtype=torch.float64)
+    threshold = uniform[:, None] * cumulative[:, -1:]
+    # The first, and not a binary search: a GPU adds in parts, so rounding may make sums decrease.
+    exceeds = (cumulative > threshold) & (probs > 0)
+    return exceeds.to(torch.uint8).argmax(dim=-1)
 
 
 RECORDED_FIELDS = ("logprobs", "entropy", "self_certainty", "entropy_baseline")
 
 
 class StatelessSampler(LogitsProcessor):
-    """Samples the next token by the Gumbel-max trick and records it.
+    """Samples the next token and records it; `generate` then only takes the argmax.
 
-    `generate` then only takes the argmax: argmax(z + Gumbel noise) is an exact sample of
-    softmax(z). Each call appends, for its b rows, the token and four numbers that describe
+    Each call appends, for its b rows, the token and four numbers that describe
     softmax(logits / temperature): the log-probability of the token, the entropy in nats, the
     self-certainty KL(uniform || policy) = -log V - mean_v log p_v (Zhao et al. 2025), and
     scope.entropy_baseline, which is 0 unless it is asked for. Temperature 0 is greedy decoding; the
@@ -100,13 +107,12 @@ class StatelessSampler(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         logprobs = torch.log_softmax(scores.float() / (self.temperature or 1.0), dim=-1)
-        perturbed = logprobs
-        if self.temperature > 0:
-            perturbed = logprobs + gumbel_noise(
-                self.seed, self.step, self.rows, self.position, logprobs.shape[-1]
-            )
-        token = perturbed.argmax(dim=-1)
         probs = logprobs.exp()
+        if self.temperature > 0:
+            number = uniform(self.seed, self.step, self.rows, self.position)
+            token = sample_tokens(probs, number)
+        else:
+            token = logprobs.argmax(dim=-1)
         entropy = -(probs * logprobs).sum(dim=-1)
         baseline = torch.zeros_like(entropy)
         if self.entropy_baseline:
@@ -117,7 +123,7 @@ class StatelessSampler(LogitsProcessor):
         self.record["self_certainty"].append(-logprobs.mean(dim=-1) - math.log(logprobs.shape[-1]))
         self.record["entropy_baseline"].append(baseline)
         self.position = self.position + 1
-        return perturbed
+        return logprobs.scatter_(1, token[:, None], math.inf)
 
 
 # ---------------------------------------------------------------- the record
@@ -340,14 +346,18 @@ def sampling_mode(model) -> Iterator[None]:
     """
     generation = model.generation_config
     training = model.training
+    head = model.get_output_embeddings()
     model.generation_config = GenerationConfig()
     model.eval()  # in train mode gradient checkpointing would also switch the KV cache off
+    if head.weight.dtype != torch.float32:
+        head.fp32_weight = head.weight.detach().float()  # once, and not for every token
     try:
         with torch.no_grad():
             yield
     finally:
         model.generation_config = generation
         model.train(training)
+        head.fp32_weight = None
 
 
 def generation_config(max_new_tokens: int, stop: list[int]) -> GenerationConfig:
@@ -384,7 +394,7 @@ class Batch:
     @property
     def can_append(self) -> bool:
         """Return whether rows can be added: the cache of a sliding window cannot be padded."""
-        return all(type(layer) is DynamicLayer for layer in self.cache.layers)
+        return all(isinstance(layer, BlockLayer) for layer in self.cache.layers)
 
     def append(self, other: "Batch") -> "Batch":
         """Add the rows of another batch; the narrower of the two is padded on the left.
@@ -439,6 +449,33 @@ class Batch:
         )
 
 
+class BlockLayer(DynamicLayer):
+    """Holds the keys and values of one layer in memory that grows by BLOCK columns at a time.
+
+    New columns are written in place. DynamicLayer copies the whole cache for every token.
+    """
+
+    BLOCK = 128
+    memory: list[Tensor] = []  # of keys and of values; self.keys and self.values are its start
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
+        """Append the keys and values of new columns, and return those of all columns."""
+        if not self.is_initialized:
+            return super().update(key_states, value_states, *args, **kwargs)
+        start = self.keys.shape[-2]
+        stop = start + key_states.shape[-2]
+        # selecting rows or columns has replaced self.keys by a copy, or by a later part of memory
+        replaced = not self.memory or self.memory[0].data_ptr() != self.keys.data_ptr()
+        if replaced or stop > self.memory[0].shape[-2]:
+            room = stop + self.BLOCK - start
+            self.memory = [functional.pad(x, (0, 0, 0, room)) for x in (self.keys, self.values)]
+        self.memory[0][..., start:stop, :] = key_states
+        self.memory[1][..., start:stop, :] = value_states
+        self.keys = self.memory[0][..., :stop, :]
+        self.values = self.memory[1][..., :stop, :]
+        return self.keys, self.values
+
+
 def prefill(model, prompts: list[list[int]], rows: range) -> Batch:
     """Run the prompts of some rows through the model, each distinct prompt once."""
     device = next(model.parameters()).device
@@ -453,6 +490,9 @@ def prefill(model, prompts: list[list[int]], rows: range) -> Batch:
         [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in distinct], device=device
     )
     cache = DynamicCache(config=model.config)
+    cache.layers = [
+        BlockLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers
+    ]
     model.base_model(
         ids[:, :-1],
         attention_mask=attention[:, :-1],

@@ -1,9 +1,12 @@
 """Trains the default base model: a tiny model that knows Countdown's form but does not plan.
 
+    python toy.py                        # train the base model of the default settings anew
+
 It is trained by next-token prediction on random valid chains whose target is whatever they reach
 (data.random_chain). So it writes many different valid chains, of which few reach a given target.
-Reinforcement learning can improve it, and can reduce the diversity of its chains. It is saved as an
-ordinary Hugging Face folder, and used again as long as `make_recipe` returns the same.
+Reinforcement learning can improve it, and can reduce the diversity of its chains. The model of the
+default settings lies in recipes/toy-base/, an ordinary Hugging Face folder. That of other settings
+is trained on first use, kept in runs/, and used again as long as `make_recipe` returns the same.
 """
 
 import json
@@ -19,9 +22,10 @@ from transformers import PreTrainedTokenizerFast, SeedOssConfig, SeedOssForCausa
 
 from data import format_prompt, is_heldout, random_chain
 from support import models
-from support.config import require
+from support.config import load_config, one_line_errors, require
 from support.files import fingerprint, lock, replace_folder
 
+SHIPPED = Path(__file__).parent / "recipes" / "toy-base"  # the base model of the default settings
 SYMBOLS = ["<pad>", "<eos>", "+", "-", "*", "/", "=", ",", "->", ":"]
 # Further kinds of problems in its training data: (how many numbers, the largest number).
 OTHER_KINDS = ((3, 20), (5, 20), (4, 50))
@@ -38,6 +42,8 @@ def resolve_model(config, world, name: str | None = None) -> str:
     # The toy gains nothing from more threads, and beside another busy process it loses much.
     torch.set_num_threads(1)
     recipe = make_recipe(config)
+    if recipe == json.loads((SHIPPED / "recipe.json").read_text()):
+        return str(SHIPPED)
     folder = Path("runs") / f"toy-base-{fingerprint(recipe)}"
     if world.is_main and not folder.exists():
         # another run may be training the same model
@@ -59,10 +65,9 @@ def make_recipe(config) -> dict:
         "toy": vars(config.toy),
     }
     examples = random_pairs(5, random.Random(config.toy.seed), recipe)
-    return recipe | {
-        "examples": examples,
-        "constants": [OTHER_KINDS, HEADS, INTERMEDIATE, LEARNING_RATE],
-    }
+    recipe["examples"] = examples
+    recipe["constants"] = [OTHER_KINDS, HEADS, INTERMEDIATE, LEARNING_RATE]
+    return json.loads(json.dumps(recipe))  # as it is read from recipe.json
 
 
 def save_base_model(folder: Path, recipe: dict) -> None:
@@ -196,3 +201,9 @@ def collate(pairs: list[tuple[str, str]], tokenizer) -> tuple[torch.Tensor, torc
         tokens[row, :end] = torch.tensor(prompt + answer)
         labels[row, len(prompt) : end] = torch.tensor(answer)
     return tokens, labels
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        torch.set_num_threads(1)
+        save_base_model(SHIPPED, make_recipe(load_config([])))

@@ -15,6 +15,7 @@ Shapes: B is the number of completions of this rank, C their padded length, N th
 import copy
 import json
 import math
+import os
 import sys
 import time
 from contextlib import nullcontext
@@ -22,6 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
+
+# Threads of torch that wait must not spin, which on a busy machine stops the others. This is read
+# when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch

@@ -3,11 +3,13 @@
     python -m paper.benchmark step       # a step of GRPO, of SCOPE, and with the KL on all tokens
     python -m paper.benchmark memory     # an update with 151,936 words, in chunks and at once
     python -m paper.benchmark rollout    # tokens per second against a bare `generate`
+    python -m paper.benchmark decode     # kernels and bytes of a decoded token; needs no GPU
     python -m paper.benchmark peer       # against a step of TRL's GRPOTrainer (pip install trl)
 
 Settings of config.yaml can follow: with steps=40, `step` and `peer` time 40 steps.
 """
 
+import contextlib
 import copy
 import dataclasses
 import math
@@ -18,19 +20,23 @@ import time
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
-from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Qwen2Config
 
 import data
 from paper.one_step import draw_step
 from rewards import is_correct
-from rollout import Rollout, sample
+from rollout import Rollout, StatelessSampler, sample
 from support.config import flatten, load_config, lookup, nest, one_line_errors, require, show_help
 from support.distributed import World, start
 from support.log import versions
+from support.models import use_fp32_logits
 from train import MicroBatchLoss, Run, set_up, update
 
 # ---------------------------------------------------------------- measuring
@@ -57,20 +63,12 @@ def alternate(functions: dict, rounds: int) -> dict[str, float]:
     return {name: np.median(seconds[1:]) for name, seconds in times.items()}
 
 
-def random_model(vocabulary: int, stop: float):
-    """Make a small random Qwen2 whose stop token, id 0, has about this probability."""
+def random_model(shape, stop: float):
+    """Make a random model whose stop token, id 0, has about this probability."""
     torch.manual_seed(0)
-    shape = Qwen2Config(
-        vocab_size=vocabulary,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    model = Qwen2ForCausalLM(shape)
-    bias = torch.zeros(vocabulary)
-    bias[0] = math.log(stop * vocabulary)
+    model = AutoModelForCausalLM.from_config(shape)
+    bias = torch.zeros(shape.vocab_size)
+    bias[0] = math.log(stop * shape.vocab_size)
     model.get_output_embeddings().bias = torch.nn.Parameter(bias)
     return model
 
@@ -102,13 +100,24 @@ def step(config, world: World) -> None:
 
 
 def peer(config, world: World) -> None:
-    """Time steps of GRPO here and in TRL in turn: same model, problems, group size and length."""
+    """Time steps here and in TRL in turn: same model, problems, group size and length."""
     require(find_spec("trl") is not None, "the benchmark peer needs TRL: pip install trl")
+    run = set_up(config, world, Path("runs"))
+    for strategy, beta in (("none", 0.0), ("scope", 0.04)):
+        ours, theirs = time_trl(with_strategy(run, strategy), beta)
+        print(
+            f"  {strategy}: {ours:.3f} s a step, TRL with beta={beta} {theirs:.3f} s; "
+            f"{ours / theirs:.2f} x TRL"
+        )
+
+
+def time_trl(run: Run, beta: float) -> tuple[float, float]:
+    """Return the median seconds of a step here, and of one of TRL with a KL penalty of `beta`."""
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    run = with_strategy(set_up(config, world, Path("runs")), "none")
+    config = run.config
     times = []
     prompts = data.prompt_ids(run.tokenizer, run.problems, config.prompt)
     rows = [{"prompt": run.tokenizer.decode(ids), "index": i} for i, ids in enumerate(prompts)]
@@ -132,12 +141,12 @@ def peer(config, world: World) -> None:
             output_dir=folder,
             max_steps=config.steps + 1,
             learning_rate=0.0,
-            beta=0.0,
+            beta=beta,
             num_generations=config.group_size,
             per_device_train_batch_size=config.prompts_per_step * config.group_size,
             max_completion_length=config.max_new_tokens,
             gradient_checkpointing=False,
-            bf16=world.dtype == torch.bfloat16,
+            bf16=run.world.dtype == torch.bfloat16,
             report_to="none",
         )
         trainer = GRPOTrainer(
@@ -150,7 +159,7 @@ def peer(config, world: World) -> None:
         )
         trainer.train()
     ours, theirs = np.median(times[1:], axis=0)
-    print(f"  GRPO: {ours:.3f} s a step, TRL {theirs:.3f} s; {ours / theirs:.2f} x TRL")
+    return ours, theirs
 
 
 # ---------------------------------------------------------------- memory
@@ -168,7 +177,15 @@ def memory(config, world: World) -> None:
 def measure_update(logits_chunk: int, vocabulary: int = 151_936) -> float:
     """Return the MiB that one update needs besides weights and gradients."""
     with start("fp32") as world:
-        policy = random_model(vocabulary, NEVER).to(world.device)
+        shape = Qwen2Config(
+            vocab_size=vocabulary,
+            hidden_size=128,
+            intermediate_size=256,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        )
+        policy = random_model(shape, NEVER).to(world.device)
         reference = copy.deepcopy(policy).requires_grad_(False)
         for parameter in policy.parameters():
             parameter.grad = torch.ones_like(parameter)  # in memory before the measurement
@@ -192,18 +209,26 @@ def measure_update(logits_chunk: int, vocabulary: int = 151_936) -> float:
 
 # ---------------------------------------------------------------- rollout
 
-LONGEST = 512  # tokens of a completion, at most
+SMOLLM2_135M = LlamaConfig(
+    vocab_size=49_152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    tie_word_embeddings=True,
+)
+LONGEST = 128  # tokens of a completion, at most
 NEVER = 1e-40  # as the probability to stop: every completion is of the longest length
 WORKLOADS = {  # the probability to stop at each token
     "equal lengths": NEVER,
-    "mean length 0.6 of the maximum": 0.0022,
-    "mean length 0.36 of the maximum": 0.005,
+    "mean length 0.36 of the maximum": 0.02,
 }
 
 
 def ours(model, prompts) -> None:
     rows = list(range(len(prompts)))
-    sample(model, prompts, rows, stop=[0], max_new_tokens=LONGEST, seed=0, step=0, segment=32)
+    sample(model, prompts, rows, stop=[0], max_new_tokens=LONGEST, seed=0, step=0, segment=16)
 
 
 def bare(model, prompts) -> None:
@@ -216,21 +241,101 @@ def bare(model, prompts) -> None:
 
 
 def rollouts(config, world: World) -> None:
-    """Sample 128 completions of a random model, by our sampler and by a bare `generate`."""
+    """Sample 64 completions of a random model, by our sampler and by a bare `generate`."""
     for title, stop in WORKLOADS.items():
-        model = random_model(2048, stop).to(world.device, world.dtype)
-        prompts = [[7] * 64] * 128
+        model = random_model(SMOLLM2_135M, stop).to(world.device, world.dtype)
+        prompts = [[7] * 64] * 64
         ways = {"ours": partial(ours, model, prompts), "bare": partial(bare, model, prompts)}
-        seconds = alternate(ways, rounds=3)
+        seconds = alternate(ways, rounds=2)
         print(
             f"  {title}: ours {seconds['ours']:.2f} s, bare generate {seconds['bare']:.2f} s; "
             f"{seconds['bare'] / seconds['ours']:.2f} x its tokens a second"
         )
 
 
+# ---------------------------------------------------------------- decode
+
+QWEN2_7B = Qwen2Config(
+    vocab_size=152_064,
+    hidden_size=3584,
+    intermediate_size=18_944,
+    num_hidden_layers=28,
+    num_attention_heads=28,
+    num_key_value_heads=4,
+    tie_word_embeddings=False,
+    torch_dtype=torch.bfloat16,
+)
+
+
+class Enough(Exception):
+    """Ends the count."""
+
+
+class KernelCount(TorchDispatchMode):
+    """Counts kernels, the bytes that they read and write, and waits for a value on the host."""
+
+    def __init__(self):
+        super().__init__()
+        self.total = np.zeros(3)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._local_scalar_dense.default:
+            self.total[2] += 1
+            return 0  # "no row has finished", "there is padding"
+        result = function(*args, **(kwargs or {}))
+        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        outputs = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+        storages = {x.untyped_storage()._cdata for x in inputs}
+        is_view = any(x.untyped_storage()._cdata in storages for x in outputs)
+        if function._schema.is_mutable or not is_view and "empty" not in function.name():
+            self.count(*inputs, *outputs)
+        return result
+
+    def count(self, *tensors):
+        sizes = [min(x.nbytes, x.untyped_storage().nbytes()) for x in tensors]
+        self.total += [1, sum(sizes), 0]
+
+    def attention(self, query, key, value, mask=None, **settings):
+        """Count attention as the one kernel that it is on a GPU."""
+        output = torch.empty_like(query)
+        self.count(query, key, value, output)
+        return output
+
+
+def decode(config, world: World) -> None:
+    """Count what a token of 128 rows costs at Qwen2.5-7B's shape, after 1,000 tokens."""
+    counts = []
+    mode = KernelCount()
+
+    class Counted(StatelessSampler):
+        def __call__(self, *arguments):
+            scores = super().__call__(*arguments)
+            counts.append(mode.total.copy())
+            if len(counts) == 3:
+                raise Enough
+            return scores
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(QWEN2_7B, dtype=torch.bfloat16)
+    use_fp32_logits(model)
+    attention = "torch.nn.functional.scaled_dot_product_attention"
+    with (
+        contextlib.suppress(Enough),
+        patch("rollout.StatelessSampler", Counted),
+        patch(attention, mode.attention),
+        patch("torch.autocast", lambda *arguments, **named: contextlib.nullcontext()),
+        mode,
+    ):
+        ours(model, [[7] * 1000] * 128)
+    kernels, size, waits = counts[2] - counts[1]
+    print(
+        f"  a token: {kernels:,.0f} kernels, {size / 1e9:.1f} GB, {waits:.0f} wait(s) of the host"
+    )
+
+
 # ---------------------------------------------------------------- the command
 
-BENCHMARKS = {"step": step, "memory": memory, "rollout": rollouts, "peer": peer}
+BENCHMARKS = {"step": step, "memory": memory, "rollout": rollouts, "decode": decode, "peer": peer}
 
 
 def main(arguments: list[str]) -> None:

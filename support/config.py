@@ -283,6 +283,7 @@ CHOICES = {
     "grpo.normaliser": ("token", "sequence"),
     "selection.normaliser": ("selected", "tokens"),
     "optimizer.schedule": ("cosine", "constant"),
+    "prompt.chat": ("auto", "never"),
 }
 
 

@@ -101,19 +101,19 @@ def estimate(
         fraction = 1 if all_selected else config.selection.fraction
         update += size * completions * config.max_new_tokens * fraction * hidden
 
-    # Sampling needs keys and values of all layers, those of one layer twice, and 44 bytes for each
-    # logit in the sampler.
+    # Sampling needs keys and values of all layers, in memory that grows by 128 columns, 35 bytes
+    # for each logit in the sampler, and with bf16 weights a fp32 copy of the projection.
     evaluated = config.evaluation.problems * config.evaluation.samples // ranks
     rows = min(config.rollout.batch_size, max(completions, evaluated))
-    parts["KV cache"] = rows * length * key * (6 * layers + 20 if fp32 else 4 * layers)
-    parts["sampler"] = 44 * rows * vocabulary
-    decoding = parts["sampler"]
+    columns = prompt + 129 * math.ceil(config.max_new_tokens / 129)
+    parts["KV cache"] = rows * columns * key * (6 * layers + 6 if fp32 else 4 * layers)
+    parts["sampler"] = 35 * rows * vocabulary
     if not fp32:
-        decoding = max(decoding, 4 * projection + 12 * rows * vocabulary, 4 * rows * length * key)
+        parts["sampler"] += 4 * projection
     # distinct prompts that are read at once
     distinct = math.ceil(rows / min(config.group_size, config.evaluation.samples))
     prefill = distinct * prompt * (6 * inner + 12 * hidden)
-    sampling = copies + parts["KV cache"] + max(decoding, prefill)
+    sampling = copies + parts["KV cache"] + max(parts["sampler"], prefill)
 
     fixed = parts["weights"] + parts["gradients"] + parts["optimizer"] + parts["reference"]
     return parts | {

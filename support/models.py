@@ -165,12 +165,17 @@ class FP32Head(torch.nn.Linear):
     bf16 logits have 8 significant bits, and their rounding error is larger than a small KL.
     """
 
+    fp32_weight: Tensor | None = None  # a copy that rollout.sampling_mode keeps while it samples
+
     def forward(self, hidden: Tensor) -> Tensor:
+        weight = self.fp32_weight
+        if weight is None:
+            weight = self.weight.float()
         bias = self.bias
         if bias is not None:
             bias = bias.float()
         with torch.autocast(hidden.device.type, enabled=False):
-            return functional.linear(hidden.float(), self.weight.float(), bias)
+            return functional.linear(hidden.float(), weight, bias)
 
 
 def use_fp32_logits(model) -> None:
@@ -234,12 +239,9 @@ def on_device(reference, device: torch.device) -> Iterator[None]:
 # ---------------------------------------------------------------- prompts and stop tokens
 
 
-def encode_prompts(tokenizer, texts: list[str], *, system: str = "") -> list[list[int]]:
-    """Return the token ids of prompts.
-
-    Each is the user's turn of the chat template, if the tokenizer has one.
-    """
-    if tokenizer.chat_template is None:
+def encode_prompts(tokenizer, texts: list[str], *, chat: bool, system: str = "") -> list[list[int]]:
+    """Return the token ids of prompts, each as the user's turn of the chat template if `chat`."""
+    if not chat:
         return [without_end(ids, tokenizer.eos_token_id) for ids in tokenizer(texts).input_ids]
     before = []
     if system:

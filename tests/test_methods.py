@@ -109,7 +109,7 @@ def two_steps(config, reference):
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-2, weight_decay=0.0)
     run = run_of(policy, config, reference=reference, optimizer=optimizer)
     for step in range(2):
-        rollout = roll_out(policy, tokenizer, [1], problems, step, config)
+        rollout = roll_out(policy, tokenizer, list(range(1, 9)), problems, step, config)
         rollout.advantages = group_advantages(rollout.rewards, config.group_size)
         for i, part in enumerate(rollout.split(2)):
             current = rescore(policy, part, config, ALONE) if i > 0 else part

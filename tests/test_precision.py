@@ -54,7 +54,7 @@ def test_a_bf16_gradient_is_the_fp32_one_but_for_noise():
     exact, of_fp32 = one_update(torch.float32, reference_seed=1)
     rounded, of_bf16 = one_update(torch.bfloat16, reference_seed=1)
     assert 1e-4 < (rounded - exact).norm() / exact.norm() < 0.03
-    assert of_fp32["kl/selected"] > 0.05
+    assert of_fp32["kl/selected"] > 0.04
     assert of_bf16["kl/selected"] == pytest.approx(of_fp32["kl/selected"], rel=0.02)
     # the norm itself is not rounded to bf16
     assert of_bf16["grad_norm"] == pytest.approx(rounded.norm().item(), rel=1e-5)

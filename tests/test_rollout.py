@@ -7,10 +7,19 @@ import torch
 from helpers import ALONE, VOCABULARY, config_of, tiny_model
 from torch.testing import assert_close
 from transformers import GenerationConfig
+from transformers.cache_utils import DynamicLayer
 
 import rollout
 from grpo import token_entropy, token_logprobs
-from rollout import RECORDED_FIELDS, StatelessSampler, gumbel_noise, rescore, splitmix64
+from rollout import (
+    RECORDED_FIELDS,
+    BlockLayer,
+    StatelessSampler,
+    rescore,
+    sample_tokens,
+    splitmix64,
+    uniform,
+)
 from support import models
 
 STOP = [1, 5]
@@ -34,13 +43,12 @@ def check_scored_again(model, result):
     assert_close(scored.entropy, result.entropy, rtol=0, atol=1e-4)
 
 
-# ---------------------------------------------------------------- the noise
+# ---------------------------------------------------------------- the random numbers
 
 
 def uniforms(*, seed=0, step=0, first_row=0, position=0):
-    """Return the uniforms [N, 2] behind the noise of N rows for two vocabulary entries."""
-    gumbel = gumbel_noise(seed, step, torch.arange(first_row, first_row + N), position, 2)
-    return torch.exp(-torch.exp(-gumbel.double()))
+    """Return the random numbers [N] of N rows."""
+    return uniform(seed, step, torch.arange(first_row, first_row + N), position)
 
 
 def correlation(a, b):
@@ -68,17 +76,13 @@ def test_splitmix64():
     assert [x % 2**64 for x in splitmix64(numbers).tolist()] == expected
 
 
-def test_noise_is_gumbel():
-    gumbel = gumbel_noise(0, 0, torch.arange(N), 0, 4).double().flatten()
-    assert gumbel.isfinite().all()
-    assert gumbel.mean().item() == pytest.approx(0.5772, abs=4 * 1.2825 / (4 * N) ** 0.5)
-    assert gumbel.var().item() == pytest.approx(math.pi**2 / 6, rel=0.02)
-
-
 def test_uniforms_fill_the_interval():
     """Chi-square over 100 bins, 99 degrees of freedom: 4 standard deviations is 155."""
-    counts = torch.histc(uniforms()[:, 0].float(), bins=100, min=0, max=1)
+    numbers = uniforms()
+    counts = torch.histc(numbers, bins=100, min=0, max=1)
     assert ((counts - N / 100) ** 2 / (N / 100)).sum() < 155
+    assert (numbers * 2**41 % 2 == 1).all()  # never 0 or 1, and exact in fp64
+    assert len(numbers.unique()) == N
 
 
 NEIGHBOURS = [{"seed": 1}, {"step": 1}, {"position": 1}, {"first_row": 1}]
@@ -86,16 +90,11 @@ NEIGHBOURS = [{"seed": 1}, {"step": 1}, {"position": 1}, {"first_row": 1}]
 
 # step -1 is that of evaluations
 @pytest.mark.parametrize("changes", [*NEIGHBOURS, {"step": -1}, {"seed": 2**31}])
-def test_noise_is_independent_of_its_neighbour(changes):
-    a = uniforms()[:, 0]
-    b = uniforms(**changes)[:, 0]
+def test_numbers_are_independent_of_their_neighbour(changes):
+    a = uniforms()
+    b = uniforms(**changes)
     assert abs(correlation(a, b)) < 4 / N**0.5
     assert abs(correlation((a - 0.5) ** 2, (b - 0.5) ** 2)) < 4 / N**0.5  # nor in magnitude
-
-
-def test_noise_is_independent_across_the_vocabulary():
-    both = uniforms()
-    assert abs(correlation(both[:, 0], both[:, 1])) < 4 / N**0.5
 
 
 # ---------------------------------------------------------------- the draws
@@ -104,8 +103,8 @@ def test_noise_is_independent_across_the_vocabulary():
 def draws(logits, *, first_row=0, position=0, seed=0, step=0, temperature=1.0):
     rows = torch.arange(first_row, first_row + N)
     sampler = StatelessSampler(rows, position, seed=seed, step=step, temperature=temperature)
-    perturbed = sampler(None, logits.expand(N, -1))
-    assert (perturbed.argmax(dim=-1) == sampler.tokens[0]).all()  # what `generate` will take
+    scores = sampler(None, logits.expand(N, -1))
+    assert (scores.argmax(dim=-1) == sampler.tokens[0]).all()  # what `generate` will take
     return sampler.tokens[0]
 
 
@@ -119,6 +118,52 @@ def test_draws_follow_the_softmax(temperature):
     counts = torch.bincount(draws(LOGITS, temperature=temperature), minlength=8)
     assert (expected > 20).all()
     assert ((counts - expected) ** 2 / expected).sum() < 29.9
+
+
+def quantile_of_chi_square(freedom, z=4.0):
+    """Return what chi-square exceeds as rarely as a normal variable exceeds z (Wilson-Hilferty)."""
+    return freedom * (1 - 2 / (9 * freedom) + z * (2 / (9 * freedom)) ** 0.5) ** 3
+
+
+@pytest.mark.parametrize(
+    "probs",
+    [
+        [0.3, 0.7],
+        [1 / 500] * 500,
+        [0.999] + [0.0001] * 10,
+        [0, 0.5, 0, 0.25, 0.25, 0, 0],
+        [1.0, 0, 0],
+        [2.0**-i for i in range(1, 40)],
+    ],
+    ids=["two", "flat", "peaked", "with zeros", "one", "falling"],
+)
+def test_tokens_follow_the_probabilities(probs):
+    """Chi-square; a token of probability 0 is never drawn."""
+    probs = torch.tensor(probs)
+    tokens = torch.cat([sample_tokens(probs.expand(len(u), -1), u) for u in uniforms().split(5000)])
+    counts = torch.bincount(tokens, minlength=len(probs)).double()
+    assert (counts[probs == 0] == 0).all()
+    expected = N * probs.double() / probs.double().sum()
+    rare = expected < 20  # these are one bin
+    counts = torch.cat([counts[~rare], counts[rare].sum()[None]])
+    expected = torch.cat([expected[~rare], expected[rare].sum()[None]])
+    statistic = ((counts - expected) ** 2 / expected)[expected > 0].sum()
+    assert statistic < quantile_of_chi_square(max(len(expected) - 2, 1))
+
+
+def test_the_draw_inverts_the_cumulative_distribution():
+    """Against exact sums, at Qwen's vocabulary, and at both ends of every token's interval."""
+    logits = 3 * torch.randn(3, 152_000, generator=torch.Generator().manual_seed(0))
+    probs = torch.softmax(logits, dim=-1)
+    numbers = uniforms()[:3]
+    for row, token in enumerate(sample_tokens(probs, numbers).tolist()):
+        exact = probs[row].tolist()
+        threshold = numbers[row].item() * math.fsum(exact)
+        assert math.fsum(exact[:token]) <= threshold < math.fsum(exact[: token + 1])
+    small = torch.tensor([0.0, 0.25, 0.0, 0.5, 0.25, 0.0])
+    numbers = [2.0**-41, 0.25 - 2**-41, 0.25, 0.75 - 2**-41, 0.75, 1 - 2**-41]
+    drawn = sample_tokens(small.expand(6, -1), torch.tensor(numbers, dtype=torch.float64))
+    assert drawn.tolist() == [1, 1, 3, 3, 4, 4]
 
 
 @pytest.mark.parametrize("changes", NEIGHBOURS)
@@ -155,6 +200,56 @@ def test_record_of_a_draw():
         assert expected.keys() == set(RECORDED_FIELDS)
         for name, values in sampler.record.items():
             assert values[0][b].item() == pytest.approx(expected[name], abs=1e-5), name
+
+
+# ---------------------------------------------------------------- the cache
+
+
+def test_a_block_layer_is_a_dynamic_layer():
+    """The same keys and values after growing, selecting rows, dropping columns and appending."""
+    generator = torch.Generator().manual_seed(0)
+    ours = BlockLayer()
+    usual = DynamicLayer()
+    copies = 0
+    for i in range(300):
+        new = torch.randn(2, len(ours.keys) if i else 6, 2, 1 + i % 3, 4, generator=generator)
+        before = ours.memory
+        for keys, values in zip(ours.update(*new), usual.update(*new)):
+            assert torch.equal(keys, values)
+        copies += ours.memory is not before
+        if ours.memory:
+            assert ours.memory[0].shape[-2] <= ours.keys.shape[-2] + BlockLayer.BLOCK
+        if i == 100:
+            for layer in (ours, usual):
+                layer.batch_select_indices(torch.tensor([5, 0, 3]))
+        if i == 150:
+            for layer in (ours, usual):
+                layer.keys = layer.keys[..., 7:, :]
+                layer.values = layer.values[..., 7:, :]
+        if i == 200:
+            for layer in (ours, usual):
+                layer.keys = torch.cat([layer.keys, layer.keys])
+                layer.values = torch.cat([layer.values, layer.values])
+        assert torch.equal(ours.keys, usual.keys)
+        assert ours.get_seq_length() == usual.get_seq_length()
+    assert copies < 10  # 600 columns, and three changes
+
+
+def test_a_fp32_copy_of_the_vocabulary_projection_is_kept_while_sampling(prompts):
+    model = tiny_model().bfloat16()
+    models.use_fp32_logits(model)
+    head = model.get_output_embeddings()
+    used = []
+    head.register_forward_hook(lambda *call: used.append(head.fp32_weight))
+    first = sample(model, prompts)
+    assert used[0] is used[-1]
+    assert torch.equal(used[0], head.weight.float())
+    assert head.fp32_weight is None
+    with torch.no_grad():
+        head.weight.mul_(2)  # as an update does
+    second = sample(model, prompts)
+    assert torch.equal(used[-1], head.weight.float())
+    assert rows_of(first) != rows_of(second)
 
 
 # ---------------------------------------------------------------- completions

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ALONE, config_of
+from helpers import ALONE, ROOT, config_of
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -20,6 +20,7 @@ from transformers import (
 import data
 import toy
 from rewards import solves_countdown
+from rollout import decode, sample
 from support import models
 from support.config import UserError
 
@@ -114,6 +115,27 @@ def test_it_is_qwen2_weight_for_weight():
         assert torch.equal(model.state_dict()[name], weight)
     tokens = torch.arange(20)[None]
     assert torch.equal(model(tokens).logits, qwen2(tokens).logits)
+
+
+def test_the_model_of_the_default_settings_is_shipped(monkeypatch):
+    """It writes valid chains, and few of them reach the target."""
+    monkeypatch.setattr(toy, "warm_start", None)
+    config = config_of()
+    folder = toy.resolve_model(config, ALONE)
+    assert folder == str(ROOT / "recipes" / "toy-base")
+    model, tokenizer = models.load(folder)
+    problems = data.countdown(100, heldout=True, **vars(config.countdown))
+    prompts = data.prompt_ids(tokenizer, problems, config.prompt)
+    settings = dict(stop=[tokenizer.eos_token_id], max_new_tokens=32, seed=0, step=0)
+    texts = decode(tokenizer, sample(model, prompts, list(range(100)), **settings))
+    valid = 0
+    solved = 0
+    for problem, text in zip(problems, texts):
+        reached = text.rpartition("=")[2].strip()
+        valid += reached.isdecimal() and solves_countdown(text, problem["numbers"], int(reached))
+        solved += solves_countdown(text, **problem)
+    assert valid > 30
+    assert 0 < solved < 40
 
 
 def test_a_hidden_size_that_cannot_be_split_is_named():

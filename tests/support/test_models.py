@@ -357,8 +357,8 @@ def test_a_chat_templates_own_end_of_turn_stops():
     assert end in models.stop_ids(no_eos, words)
     words.chat_template = turn + "\n{% endfor %}"  # it has none: a line break
     assert models.turn_end(words) is None
-    words.chat_template = turn.replace("m.content", "m.content | upper | replace('A', '-')")
-    words.chat_template += "<|im_start|>{% endfor %}"  # the answer is not there as it stands
+    # the answer is not there as it stands
+    words.chat_template = "{% for m in messages %}<|im_start|>{{ m.content | lower }}{% endfor %}"
     assert models.turn_end(words) is None
 
 
