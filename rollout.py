@@ -12,7 +12,6 @@ Shapes: B completions, P padded prompt length, C padded completion length, T = P
 """
 
 import dataclasses
-import inspect
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,7 +26,7 @@ from transformers.cache_utils import DynamicLayer
 import grpo
 import scope
 from objectives import MicroBatch
-from support.models import hidden_states
+from support.models import cache_argument, hidden_states
 
 # ---------------------------------------------------------------- the sampler
 
@@ -504,14 +503,6 @@ def prefill(model, prompts: list[list[int]], rows: range) -> Batch:
     cache.batch_select_indices(copies)
     numbers = torch.tensor(list(rows), device=device)
     return Batch(numbers, torch.zeros_like(numbers), ids[copies], attention[copies], cache)
-
-
-def cache_argument(model, cache: DynamicCache) -> dict:
-    """Return the KV cache under the name that this version of transformers has for it."""
-    names = inspect.signature(model.base_model.forward).parameters
-    if "cache" in names:  # since 5.24
-        return {"cache": cache}
-    return {"past_key_values": cache}
 
 
 def pad_left(x: Tensor, size: int, *, dim: int) -> Tensor:

@@ -5,6 +5,7 @@ the logits of a whole batch never exist. `load` refuses models whose logits are 
 lm_head(hidden states).
 """
 
+import inspect
 import json
 import zlib
 from collections.abc import Iterator
@@ -15,7 +16,13 @@ import torch
 import transformers
 from torch import Tensor
 from torch.nn import functional
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+)
 
 from support.config import UserError, require
 from support.distributed import note, pinned_copy
@@ -190,12 +197,34 @@ def use_fp32_logits(model) -> None:
     model.set_output_embeddings(fp32_head)
 
 
+LONG_PREFIX = 16  # with fewer tokens in common it is not worth another forward pass
+
+
 def hidden_states(model, tokens: Tensor) -> Tensor:
     """Return the last hidden states of right-padded tokens.  [b, T] -> [b, T, hidden size]
 
-    They are what the vocabulary projection takes.
+    They are what the vocabulary projection takes. The tokens with which all rows begin, such as
+    worked examples or the prompt of a group, are read once, through a KV cache with gradient.
     """
-    return model.base_model(tokens, use_cache=False).last_hidden_state
+    same = (tokens == tokens[0]).all(dim=0)
+    prefix = min(int(same.cumprod(dim=0).sum()), tokens.shape[1] - 1)
+    checkpointing = model.training and model.is_activation_checkpointing  # it does without a cache
+    if prefix < LONG_PREFIX or len(tokens) == 1 or checkpointing:
+        return model.base_model(tokens, use_cache=False).last_hidden_state
+    cache = DynamicCache(config=model.config)
+    settings = cache_argument(model, cache) | {"use_cache": True}
+    first = model.base_model(tokens[:1, :prefix], **settings).last_hidden_state
+    cache.batch_select_indices(torch.zeros_like(tokens[:, 0]))
+    rest = model.base_model(tokens[:, prefix:], **settings).last_hidden_state
+    return torch.cat([first.expand(len(tokens), -1, -1), rest], dim=1)
+
+
+def cache_argument(model, cache: DynamicCache) -> dict:
+    """Return the KV cache under the name that this version of transformers has for it."""
+    names = inspect.signature(model.base_model.forward).parameters
+    if "cache" in names:  # since 5.24
+        return {"cache": cache}
+    return {"past_key_values": cache}
 
 
 def fingerprint(model) -> str:

@@ -9,7 +9,6 @@ from transformers import LlamaConfig, Qwen2Config
 from paper import benchmark
 from support.config import UserError
 
-
 TINY = dict(
     vocab_size=128,
     hidden_size=32,

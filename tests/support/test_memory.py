@@ -180,7 +180,7 @@ def test_memory_against_live_tensors(family, checkpointing, chunk, strategy, pre
         "rollout.batch_size=8",
         f"selection.strategy={strategy}",
     )
-    rollout = make_rollout([[1] * 20] * 16, 60, vocabulary)
+    rollout = make_rollout([[1 + i // 2] * 20 for i in range(16)], 60, vocabulary)
     rollout.selected, rollout.token_mask, _ = train.select(rollout, rollout, config, world, seed=0)
     optimizer = MasterAdamW(policy.named_parameters(), world, lr=0.0, weight_decay=0.0)
     run = run_of(policy, config, world=world, reference=reference, optimizer=optimizer)

@@ -108,6 +108,47 @@ def test_a_family_is_sampled_and_scored(family, tmp_path):
     assert blank.generation_config.eos_token_id == policy.generation_config.eos_token_id
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_common_beginning_is_read_once(family, tmp_path, monkeypatch):
+    """Hidden states and gradients are those of whole rows, which checkpointing still needs."""
+    model, _ = models.load(make_family(tmp_path / "model", family))
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(2, 300, (5, 31), generator=generator)
+    tokens[:, :20] = tokens[0, :20]
+    direction = torch.randn(31, 32, generator=generator)
+    read = []
+    model.get_input_embeddings().register_forward_hook(
+        lambda *call: read.append(call[1][0].numel())
+    )
+
+    def states_and_gradient():
+        model.zero_grad()
+        hidden = models.hidden_states(model, tokens)
+        (hidden.tanh() * direction).sum().backward()
+        gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        return hidden.detach(), torch.cat(gradients)
+
+    hidden, gradient = states_and_gradient()
+    assert read == [20, 55]
+    with monkeypatch.context() as patch:
+        patch.setattr(models, "LONG_PREFIX", 21)
+        whole_hidden, whole_gradient = states_and_gradient()
+    torch.testing.assert_close(hidden, whole_hidden, rtol=1e-5, atol=1e-5)
+    assert (gradient - whole_gradient).norm() < 3e-6 * whole_gradient.norm()
+    model.train().activation_checkpointing_enable({"use_reentrant": False})
+    checkpointed_hidden, checkpointed_gradient = states_and_gradient()
+    assert torch.equal(checkpointed_hidden, whole_hidden)
+    assert (checkpointed_gradient - whole_gradient).norm() < 3e-6 * whole_gradient.norm()
+    assert set(read[2:]) == {155}
+    tokens[:] = tokens[0]  # equal rows leave the last token
+    with torch.no_grad():
+        states = models.hidden_states(model.eval(), tokens)
+    assert read[-2:] == [30, 5]
+    torch.testing.assert_close(states[3], states[0])
+    models.hidden_states(model, tokens[:1])
+    assert read[-1] == 31
+
+
 def test_bf16_weights_have_fp32_logits(tmp_path):
     model, _ = models.load(folder(tmp_path, "qwen2", chat=False), torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
