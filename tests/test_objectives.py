@@ -124,10 +124,11 @@ def fast_objective(rows, objective, normaliser, logprobs):
         weight=weight.repeat_interleave(counts),
         sequence_weight=(1 / (counts * B).double()).repeat_interleave(counts),
     )
-    clip_low, clip_high = OBJECTIVES[objective].clip or (LOW, HIGH)
-    return (
-        OBJECTIVES[objective].loss(logprobs, batch.old_logprobs, batch, clip_low, clip_high).sum()
-    )
+    clip = OBJECTIVES[objective].clip or (LOW, HIGH)
+    old = batch.old_logprobs.requires_grad_()
+    loss = OBJECTIVES[objective].loss(logprobs, old, batch, *clip).sum()
+    assert torch.autograd.grad(loss, old, allow_unused=True, retain_graph=True) == (None,)
+    return loss
 
 
 @pytest.mark.parametrize("normaliser", ["token", "sequence"])
