@@ -138,6 +138,22 @@ def test_losses_that_are_not_finite_end_the_run(in_tmp, monkeypatch, capsys):
     assert_same_run("broken", "unbroken")
 
 
+def test_only_bad_steps_in_a_row_end_the_run(in_tmp, monkeypatch):
+    """A good update starts the count anew. After a bad step only the last one is saved."""
+    skipped = iter([1.0, 1.0, 0.0, 1.0, 1.0, 0.5, 1.0])  # 0.5: one of two updates
+    update = train.update
+
+    def spy(run, rollout, *, on_policy):
+        return update(run, rollout, on_policy=on_policy) | {"update/skipped": next(skipped)}
+
+    saved = []
+    monkeypatch.setattr(train, "update", spy)
+    monkeypatch.setattr(train.checkpoint, "save", lambda run, step: saved.append(step))
+    settings = ["steps=7", "save_every=1", "max_bad_steps=3", "evaluation.every=0"]
+    train.main([*SMALL, *settings, "name=run"])
+    assert saved == [3, 6, 7]
+
+
 def test_a_grader_that_raises_does_not_end_the_run(in_tmp, monkeypatch, capsys):
     """The completion counts as wrong. Then all rewards are equal, which is printed too."""
 

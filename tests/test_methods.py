@@ -23,22 +23,44 @@ from toy import make_tokenizer
 
 
 def test_later_updates_select_by_the_policy_as_it_is_then(in_tmp, monkeypatch):
-    """With two updates a step: fresh log-probabilities in the second, a fresh draw in each."""
+    """With two updates a step: fresh log-probabilities in the second, a fresh draw in each, and
+    the mean of both in the metrics.
+    """
     calls = []
+    losses = []
+    rescored = []
+
+    def spy_rescore(policy, rollout, config, world):
+        rescored.append(len(rollout.prompts))
+        return rescore(policy, rollout, config, world)
 
     def spy(current, rollout, config, world, seed):
         change = (current.logprobs - rollout.logprobs).abs().max().item()
         calls.append((change, seed, len(rollout.advantages)))
         return select(current, rollout, config, world, seed)
 
-    select = train.select
+    def spy_update(run, rollout, *, on_policy):
+        metrics = update(run, rollout, on_policy=on_policy)
+        losses.append(metrics["loss"])
+        return metrics
+
+    select, update = train.select, train.update
+    monkeypatch.setattr(train, "update", spy_update)
+    monkeypatch.setattr(train, "rescore", spy_rescore)
     monkeypatch.setattr(train, "select", spy)
-    train.main([*SMALL, "steps=3", "updates_per_rollout=2", "reward=token_entropy"])
+    settings = ["steps=3", "updates_per_rollout=2", "reward=token_entropy", "name=run"]
+    train.main([*SMALL, *settings])
     changes, seeds, rows = zip(*calls)
+    assert rescored == [16, 8] * 3  # the whole rollout before the first update
     assert len(set(seeds)) == 6
     assert set(rows) == {8}  # 4 problems x 4 completions in two parts
     assert all(change == 0 for change in changes[::2])
     assert all(change > 1e-4 for change in changes[1::2])
+    rows = [row for row in metrics_of("run") if "loss" in row]
+    for row, first, second in zip(rows, losses[::2], losses[1::2], strict=True):
+        assert row["loss"] == pytest.approx((first + second) / 2)
+        assert row["logprob_drift"] < 1e-5  # of the first update alone, as kl_old of the second
+        assert row["kl_old"] > 1e-6
 
 
 def is_labelled(metric: str) -> bool:

@@ -64,6 +64,7 @@ def test_order_of_problems():
     assert epochs[0] != epochs[1] != epochs[2]
     assert problems_of(4) == epochs[1][3:6]  # there is no state: any step at any time
     assert problems_of(4, seed=1) != epochs[1][3:6]
+    assert problems_of(0, seed=1) != epochs[1][:3]  # nor is an epoch that of the next seed
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

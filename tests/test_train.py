@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import grpo
 import train
-from evaluate import EVALUATION_STEP, Evaluation
+from evaluate import EVALUATION_STEP, Evaluation, d_collapse
 from rollout import Rollout
 from support import models
 from support.config import UserError, flatten, one_line_errors
@@ -201,9 +201,10 @@ def test_runs_are_named_by_what_differs(tmp_path, monkeypatch, arguments, name):
 
 
 def test_the_schedule_the_samples_and_the_base_reach_the_run(in_tmp, monkeypatch):
-    """Each update has the rate of its step; the table compares with the base model."""
+    """Each update has the rate of its step; each file is compared with the base model."""
     rates = []
-    sizes = []
+    evaluated = []
+    results = {}
     seeds = []
     update, evaluate, select = train.update, train.evaluate, train.select
 
@@ -211,9 +212,13 @@ def test_the_schedule_the_samples_and_the_base_reach_the_run(in_tmp, monkeypatch
         rates.append(run.optimizer.param_groups[0]["lr"])
         return update(run, rollout, on_policy=on_policy)
 
-    def spy_evaluate(*positional, samples, **named):
-        sizes.append(samples)
-        return evaluate(*positional, samples=samples, **named)
+    def spy_evaluate(model, tokenizer, problems, *positional, samples, seed, **named):
+        evaluated.append((len(problems), samples, seed))
+        result = evaluate(
+            model, tokenizer, problems, *positional, samples=samples, seed=seed, **named
+        )
+        results[len(problems)] = result
+        return result
 
     def spy_select(current, rollout, config, world, seed):
         seeds.append(seed)
@@ -222,21 +227,37 @@ def test_the_schedule_the_samples_and_the_base_reach_the_run(in_tmp, monkeypatch
     monkeypatch.setattr(train, "update", spy_update)
     monkeypatch.setattr(train, "evaluate", spy_evaluate)
     monkeypatch.setattr(train, "select", spy_select)
-    train.main([*SMALL, "name=spied", "log_every=3"])
+    problems = [{"numbers": [1, 2], "target": 3}, {"numbers": [2, 2], "target": 4}]
+    Path("mine.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in problems))
+    arguments = [*SMALL, "evaluation.data=[auto,mine.jsonl]"]
+    train.main([*arguments, "name=spied", "log_every=3"])
     assert [row["step"] for row in read("runs/spied/samples.jsonl")] == [1, 1, 3, 3]
     config = config_of(*SMALL)
     assert rates == [train.learning_rate(step, config) for step in range(4)]
     assert len(set(rates)) == 4
-    assert sizes == [2, 4]  # in between and after; evaluate_once does the one before
-    table = json.loads(Path("runs/spied/evaluation.json").read_text())["auto"]
-    assert table["base"]["d_collapse"][0] == pytest.approx(0, abs=1e-9)
-    assert table["base"] != table["trained"]
-    (stored,) = Path("runs/base-evaluations").glob("*.npz")
-    base = Evaluation.load(stored)
-    assert table["base"]["entropy"][0] == pytest.approx(base.entropy.mean(), rel=1e-5)
-    train.main([*SMALL, "name=other", "seed=7", "steps=3"])
-    assert len(set(seeds)) == 7  # random selections follow the seed
-    assert len(list(Path("runs/base-evaluations").iterdir())) == 1  # all seeds share it
+    seed = config.evaluation.seed
+    # in between only the first file; evaluate_once does the base model
+    assert evaluated == [(3, 2, seed), (3, 4, seed), (2, 4, seed)]
+    report = json.loads(Path("runs/spied/evaluation.json").read_text())
+    first, *_, last = read("runs/spied/metrics.jsonl")
+    stored = map(Evaluation.load, Path("runs/base-evaluations").glob("*.npz"))
+    bases = {len(base.correct): base for base in stored}
+    for file, count, prefix in (("auto", 3, "eval"), ("mine.jsonl", 2, "eval/mine.jsonl")):
+        base, trained = bases[count].entropy, results[count].entropy
+        collapse = d_collapse(base, trained)
+        assert first[f"{prefix}/entropy"] == pytest.approx(base.mean(), rel=1e-5)
+        assert last[f"{prefix}/entropy"] == pytest.approx(trained.mean(), rel=1e-5)
+        assert last[f"{prefix}/d_collapse"] == pytest.approx(collapse, abs=1e-9)
+        expected = {"base": (base.mean(), 0), "trained": (trained.mean(), collapse)}
+        for model, values in expected.items():
+            table = report[file][model]
+            assert [table["entropy"][0], table["d_collapse"][0]] == pytest.approx(values, abs=1e-6)
+        assert abs(collapse) > 1e-3
+    evaluated.clear()
+    train.main([*arguments, "name=other", "seed=1", "steps=3"])
+    assert {seed for _, _, seed in evaluated} == {seed}
+    assert len(set(seeds)) == 7  # no random selection of one seed is that of another
+    assert len(list(Path("runs/base-evaluations").iterdir())) == 2  # all seeds share it
     assert EVALUATION_STEP < 0  # no training step, so that no random number is used twice
 
 
