@@ -1,5 +1,6 @@
 """One training step: gradients against a naive objective, whatever the micro-batches and ranks."""
 
+import dataclasses
 import math
 import os
 import subprocess
@@ -157,6 +158,21 @@ def test_random_choices_follow_the_seed(monkeypatch):
     for i in range(2):
         assert (first[i] == again[i]).all()
         assert (first[i] & other[i]).sum() / first[i].sum() < 0.5  # 0.2 expected
+
+
+def test_the_current_policy_selects_and_the_old_one_clips(monkeypatch):
+    """Where rho = e, tokens with A > 0 are clipped. A higher baseline leaves those with A < 0."""
+    monkeypatch.setattr("objectives.CLIP_COV_RANGE", (-9.0, 9.0))
+    monkeypatch.setattr("objectives.CLIP_COV_FRACTION", 1.0)
+    rollout = made_up_rollout(tiny_model(), list(range(32)), by_length)
+    current = dataclasses.replace(
+        rollout, logprobs=rollout.logprobs + 1, entropy_baseline=rollout.entropy_baseline + 10
+    )
+    settings = ["selection.strategy=entropy_change", "selection.fraction=1", "objective=clip_cov"]
+    masks = select(current, rollout, config_of(*settings), ALONE, seed=0)[:2]
+    advantages = rollout.advantages[:, None].expand_as(rollout.mask)
+    for mask in masks:
+        assert (mask == (rollout.mask & (advantages < 0))).all()
 
 
 @pytest.mark.parametrize("fraction", [0.1, 0.35])
