@@ -68,6 +68,8 @@ def step_gradient(
         *arguments,
     )
     policy = tiny_model(seed=0).train()
+    for parameter in policy.parameters():
+        parameter.grad = torch.ones_like(parameter)  # of the step before
     reference = tiny_model(seed=reference_seed)  # another model, so that the penalty has a gradient
     run = run_of(policy, config, world=world, reference=reference)
     rollout = made_up_rollout(policy, list(world.slice(32)), rewards_of)

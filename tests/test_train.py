@@ -23,7 +23,6 @@ from rollout import Rollout
 from support import models
 from support.config import UserError, flatten, one_line_errors
 from support.files import lock
-from support.log import run_name
 
 
 def test_learning_rate():
@@ -171,33 +170,6 @@ def test_resume_before_the_first_checkpoint(in_tmp, monkeypatch):
     train.main(arguments)
     assert [row["step"] for row in metrics_of("early")] == [0, 1, 1]
     assert yaml.safe_load(Path("runs/early/config.yaml").read_text())["resume"] is False
-
-
-@pytest.mark.parametrize(
-    "arguments, name",
-    [
-        ([], "countdown-scope-seed0"),
-        (["selection.strategy=none", "seed=3"], "countdown-none-seed3"),
-        (
-            ["optimizer.lr=3e-5", "steps=50", "log_every=1"],
-            "countdown-scope-seed0-steps50-optimizer.lr3e-05",
-        ),
-        (
-            ["recipe=mine.yaml", "data=a/b.jsonl", "steps=9"],
-            "m-a-b-token_entropy-scope-seed0-steps9",
-        ),
-        (
-            ["prompt.countdown={numbers} {target}" + 60 * "x"],
-            "countdown-scope-seed0-prompt.countdown_",
-        ),
-    ],
-)
-def test_runs_are_named_by_what_differs(tmp_path, monkeypatch, arguments, name):
-    monkeypatch.chdir(tmp_path)
-    Path("mine.yaml").write_text("model: m\nreward: token_entropy\nmax_new_tokens: 7\n")
-    auto_name = run_name(config_of(*arguments))
-    assert auto_name == name or (name.endswith("_") and auto_name.startswith(name))
-    assert len(auto_name) <= 100
 
 
 def test_the_schedule_the_samples_and_the_base_reach_the_run(in_tmp, monkeypatch):

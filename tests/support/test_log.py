@@ -26,6 +26,7 @@ def test_a_run_is_named_by_what_differs(in_tmp):
         return run_name(config_of(*arguments))
 
     assert name() == "countdown-scope-seed0"
+    assert name("selection.strategy=none", "seed=3") == "countdown-none-seed3"
     assert name("steps=50", "optimizer.lr=1e-5", "log_every=3", "seed=2") == (
         "countdown-scope-seed2-steps50-optimizer.lr1e-05"
     )
@@ -35,10 +36,13 @@ def test_a_run_is_named_by_what_differs(in_tmp):
     assert name("data=owner/name:config@split") == "owner-name_config_split-scope-seed0"
     long = [name("prompt.plain={problem} " + "x" * 200 + last) for last in "ab"]
     assert len(long[0]) < 100
+    assert long[0].startswith("countdown-scope-seed0-prompt.plain_problem_")
     assert long[0] != long[1]
     Path("recipe.yaml").write_text("steps: 7\nselection: {fraction: 0.2}\n")
     assert name("recipe=recipe.yaml") == "countdown-scope-seed0"
     assert name("recipe=recipe.yaml", "steps=8") == "countdown-scope-seed0-steps8"
+    Path("recipe.yaml").write_text("model: m\nreward: token_entropy\nmax_new_tokens: 7\n")
+    assert name("recipe=recipe.yaml", "data=a/b.jsonl") == "m-a-b-token_entropy-scope-seed0"
 
 
 def test_which_folders_are_taken_and_which_can_be_resumed(in_tmp):
