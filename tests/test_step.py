@@ -30,6 +30,7 @@ from helpers import (
 import train
 from evaluate import evaluate
 from grpo import group_advantages
+from objectives import OBJECTIVES, Objective
 from rollout import sample
 from scope import group_alpha_minus_beta, residual_score
 from support.distributed import World
@@ -426,13 +427,26 @@ def test_a_bandit_learns_the_rewarded_token():
     assert shares[-1] > shares[0] + 0.2
 
 
-def test_a_gradient_that_is_not_finite_is_skipped():
+def of_infinite_loss(logprobs, *others, **clip):
+    return logprobs + math.inf
+
+
+def of_infinite_gradient(logprobs, *others, **clip):
+    return (logprobs - logprobs.detach()).sqrt()
+
+
+@pytest.mark.parametrize("loss", [of_infinite_loss, of_infinite_gradient])
+def test_an_update_that_is_not_finite_is_skipped(monkeypatch, loss):
+    """Whether the loss is not finite, or only its gradient."""
+    monkeypatch.setitem(OBJECTIVES, "broken", Objective(loss))
     policy = tiny_model()
     before = [p.detach().clone() for p in policy.parameters()]
-    run = run_of(policy, config_of(), optimizer=torch.optim.AdamW(policy.parameters(), lr=1.0))
-    rollout = eight_completions(policy, [math.nan, -1.0] * 4)
-    metrics = update(run, rollout, on_policy=True)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1.0)
+    run = run_of(policy, config_of("objective=broken"), optimizer=optimizer)
+    metrics = update(run, eight_completions(policy, [1.0, -1.0] * 4), on_policy=True)
     assert metrics["update/skipped"] == 1
+    assert math.isfinite(metrics["loss"]) == (loss is of_infinite_gradient)
+    assert math.isfinite(metrics["grad_norm"]) == (loss is of_infinite_loss)
     assert all(torch.equal(p, old) for p, old in zip(policy.parameters(), before))
 
 
@@ -460,12 +474,15 @@ def test_under_autocast_the_reference_rounds_like_the_policy():
 
 
 def test_drift_is_a_mean_over_the_scored_tokens():
-    """Two rows of eight are scored; each of their tokens is off by 0.5."""
+    """Two rows of eight are scored; each of their tokens is off by 0.5. So is kl_old, by k3."""
     policy = tiny_model()
     rollout = eight_completions(policy, [0, 0, 0, 0, 1.0, -1.0, 0, 0])
     rollout.logprobs += 0.5
-    metrics = update(run_of(policy, config_of()), rollout, on_policy=True)
+    run = run_of(policy, config_of())
+    metrics = update(run, rollout, on_policy=True)
     assert metrics["logprob_drift"] == pytest.approx(0.5, abs=1e-4)
+    metrics = update(run, rollout, on_policy=False)
+    assert metrics["kl_old"] == pytest.approx(math.exp(-0.5) - 0.5, abs=1e-4)  # d = 0.5
 
 
 # ---------------------------------------------------------------- set_up
