@@ -34,6 +34,8 @@ def test_learning_rate():
     assert constant == pytest.approx([0.4, 0.8, 1.2, 1.6] + [2.0] * 6)
     cosine = [1 + math.cos(math.pi * step / 10) for step in range(10)]
     assert rates("optimizer.warmup=0") == pytest.approx(cosine)
+    after_warmup = [1 + math.cos(math.pi * k / 7) for k in range(7)]
+    assert rates("optimizer.warmup=0.29") == pytest.approx([0.5, 1, 1.5, *after_warmup])
     assert rates("optimizer.warmup=1", steps=1)[0] > 0
 
 
@@ -42,12 +44,13 @@ def test_metrics_by_hand():
     values = torch.where(mask, torch.arange(12.0).view(4, 3), 0.0)
     stopped = torch.tensor([True, True, False, True])
     rollout = Rollout([[2]] * 4, mask.long(), mask, stopped, values, values, values, values)
-    rollout.rewards = torch.tensor([1.0, 0, 0, 0])
-    rollout.correct = rollout.rewards > 0
+    rollout.rewards = torch.tensor([2.0, 0, 1, 1])
+    rollout.correct = rollout.rewards == 2
     rollout.advantages = grpo.group_advantages(rollout.rewards, 2)
     config = config_of("group_size=2", "selection.fraction=0.5")
     metrics = train.rollout_metrics(rollout, config, ALONE)
-    assert metrics["reward/mean"] == metrics["reward/accuracy"] == 0.25
+    assert metrics["reward/mean"] == 1
+    assert metrics["reward/accuracy"] == 0.25
     assert metrics["group/frac_zero_std"] == 0.5
     assert metrics["length/mean"] == 2
     assert metrics["length/frac_truncated"] == 0.25
@@ -57,7 +60,7 @@ def test_metrics_by_hand():
     assert metrics["advantage/min"] == pytest.approx(-0.7070, abs=1e-3)
 
     tokens = {
-        "logprobs": torch.log(torch.full((8,), 0.25)),
+        "logprobs": torch.log(torch.arange(1.0, 9) / 10),
         "entropy": torch.arange(8.0),
         "advantages": rollout.advantages.repeat_interleave(rollout.lengths),
     }
@@ -66,10 +69,20 @@ def test_metrics_by_hand():
     assert metrics["selection/fraction"] == metrics["selection/candidates"] == 0.25
     assert metrics["selection/shortfall"] == 2
     assert metrics["objective/fraction"] == 0
-    assert metrics["selection/p"] == pytest.approx(0.25)
+    assert metrics["selection/p"] == pytest.approx((0.1 + 0.3) / 2)
     assert metrics["selection/entropy"] == 1
     assert metrics["selection/negative"] == 0.5
     assert metrics["selection/advantage"] == pytest.approx(0, abs=1e-6)
+
+
+def test_phases_of_a_step_are_timed(monkeypatch):
+    """A phase that comes twice has the sum of its times."""
+    times = iter([0, 1, 3, 7, 15])
+    monkeypatch.setattr(train.time, "perf_counter", lambda: next(times))
+    clock = train.Stopwatch()
+    for name in ("rollout", "select", "update", "select"):
+        clock.lap(name)
+    assert clock.times == {"time/rollout": 1, "time/select": 2 + 8, "time/update": 4}
 
 
 # ---------------------------------------------------------------- whole runs of a tiny toy model
@@ -178,6 +191,7 @@ def test_the_schedule_the_samples_and_the_base_reach_the_run(in_tmp, monkeypatch
     evaluated = []
     results = {}
     seeds = []
+    rollouts = []
     update, evaluate, select = train.update, train.evaluate, train.select
 
     def spy_update(run, rollout, *, on_policy):
@@ -194,6 +208,7 @@ def test_the_schedule_the_samples_and_the_base_reach_the_run(in_tmp, monkeypatch
 
     def spy_select(current, rollout, config, world, seed):
         seeds.append(seed)
+        rollouts.append(current)
         return select(current, rollout, config, world, seed)
 
     monkeypatch.setattr(train, "update", spy_update)
@@ -201,9 +216,12 @@ def test_the_schedule_the_samples_and_the_base_reach_the_run(in_tmp, monkeypatch
     monkeypatch.setattr(train, "select", spy_select)
     problems = [{"numbers": [1, 2], "target": 3}, {"numbers": [2, 2], "target": 4}]
     Path("mine.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in problems))
-    arguments = [*SMALL, "evaluation.data=[auto,mine.jsonl]"]
+    arguments = [*SMALL, "evaluation.data=[auto,mine.jsonl]", "reward=token_entropy"]
     train.main([*arguments, "name=spied", "log_every=3"])
-    assert [row["step"] for row in read("runs/spied/samples.jsonl")] == [1, 1, 3, 3]
+    samples = read("runs/spied/samples.jsonl")
+    assert [row["step"] for row in samples] == [1, 1, 3, 3]
+    for sample, row in zip(samples, (0, 4, 0, 4)):  # of the first two problems
+        assert sample["reward"] == rollouts[sample["step"] - 1].rewards[row].item()
     config = config_of(*SMALL)
     assert rates == [train.learning_rate(step, config) for step in range(4)]
     assert len(set(rates)) == 4
