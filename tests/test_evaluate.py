@@ -303,12 +303,12 @@ def test_several_models_and_files(toys, one, capsys):
 def test_a_result_is_kept_and_used_again(one, monkeypatch):
     """A killed command loses only the model and file that it was at."""
     Path("mine.jsonl").write_text('{"numbers": [1, 2], "target": 3}\n')
-    arguments = [one, "data=[auto,mine.jsonl]", "out=a", *SMALL]
+    arguments = [one, "data=[auto,mine.jsonl]", "out=a", "seed=5", *SMALL]
     calls = []
     sample = evaluate.sample
 
     def killed_in_the_second(*positional, **named):
-        calls.append(1)
+        calls.append((named["seed"], named["step"]))
         if len(calls) == 2:
             raise ZeroDivisionError
         return sample(*positional, **named)
@@ -318,7 +318,7 @@ def test_a_result_is_kept_and_used_again(one, monkeypatch):
         evaluate.main(arguments)
     assert len(stored()) == 1
     evaluate.main(arguments)
-    assert len(calls) == 3
+    assert calls == [(5, evaluate.EVALUATION_STEP)] * 3
     first = report_of("a")["results"]
     evaluate.main([*arguments, "out=b"])  # nothing is sampled again
     assert len(calls) == 3
@@ -352,15 +352,20 @@ def test_other_settings_or_weights_are_another_result(toys, one, monkeypatch):
         patch.setattr(evaluate, "grader_fingerprint", lambda grader: "another grader")
         evaluate.main(small)
     assert len(stored()) == 4
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate.models, "stop_ids", lambda model, words: [words.eos_token_id, 5])
+        evaluate.main(small)
+    assert len(stored()) == 5
     for count, argument in enumerate(
         [
+            "samples=4",
             "seed=1",
             "temperature=0.5",
             "max_new_tokens=5",
             "problems=3",
             "prompt.countdown={target} {numbers} :",
         ],
-        start=5,
+        start=6,
     ):
         before = stored().keys()
         evaluate.main([*small, argument])
