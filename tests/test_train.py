@@ -243,6 +243,8 @@ def test_the_schedule_the_samples_and_the_base_reach_the_run(in_tmp, monkeypatch
             table = report[file][model]
             assert [table["entropy"][0], table["d_collapse"][0]] == pytest.approx(values, abs=1e-6)
         assert abs(collapse) > 1e-3
+        shown = f"| entropy    | {base.mean():.3f} ± "
+        assert shown in Path("runs/spied/model/README.md").read_text()
     evaluated.clear()
     train.main([*arguments, "name=other", "seed=1", "steps=3"])
     assert {seed for _, _, seed in evaluated} == {seed}
