@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from transformers import (
+    AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -130,6 +131,11 @@ def metrics_of(name: str) -> list[dict]:
             if key.startswith("time/") or key == "mem_gb":
                 del row[key]
     return rows
+
+
+def weights_of(name: str) -> dict:
+    """Read the weights of a finished run."""
+    return AutoModelForCausalLM.from_pretrained(Path("runs") / name / "model").state_dict()
 
 
 def assert_same_gradient(a, b, tolerance=1e-6):

@@ -4,12 +4,10 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, SMALL, metrics_of
-from transformers import AutoModelForCausalLM
+from helpers import ROOT, SMALL, metrics_of, weights_of
 
 import train
 from support.config import RunError
@@ -25,28 +23,30 @@ def restored_handlers():
         signal.signal(number, handler)
 
 
-def weights_of(name):
-    return AutoModelForCausalLM.from_pretrained(Path("runs") / name / "model").state_dict()
-
-
 def assert_same_run(name, other):
     assert metrics_of(name) == metrics_of(other)
     for key, weight in weights_of(name).items():
         assert torch.equal(weight, weights_of(other)[key])
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number, here", [(signal.SIGTERM, True), (signal.SIGINT, True), (signal.SIGTERM, False)]
+)
 def test_stopped_by_a_signal_and_resumed_is_the_unbroken_run(
-    in_tmp, monkeypatch, capsys, restored_handlers, number
+    in_tmp, monkeypatch, capsys, restored_handlers, number, here
 ):
-    """The step is finished and saved, although no checkpoint is due."""
+    """The step is finished and saved, although no checkpoint is due; also if another rank has the
+    signal.
+    """
     arguments = [*SMALL, "save_every=4"]
     train.main([*arguments, "name=unbroken"])
     draw_problems = train.draw_problems
 
     def draw_and_signal(problems, step, *others):
-        if step == 2:
+        if step == 2 and here:
             os.kill(os.getpid(), number)
+        elif step == 2:
+            patch.setattr(train.World, "max", lambda world, mine: int(number))
         return draw_problems(problems, step, *others)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as caught:

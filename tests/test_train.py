@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import ALONE, ROOT, SMALL, config_of, metrics_of
+from helpers import ALONE, ROOT, SMALL, config_of, metrics_of, weights_of
 from transformers import AutoModelForCausalLM
 
 import grpo
@@ -91,10 +91,6 @@ def test_phases_of_a_step_are_timed(monkeypatch):
 
 def read(file):
     return [json.loads(line) for line in Path(file).read_text().splitlines()]
-
-
-def weights_of(name):
-    return AutoModelForCausalLM.from_pretrained(Path("runs") / name / "model").state_dict()
 
 
 def fail_in_step(patch, step):
@@ -217,13 +213,14 @@ def test_the_schedule_the_samples_and_the_base_reach_the_run(in_tmp, monkeypatch
     monkeypatch.setattr(train, "select", spy_select)
     problems = [{"numbers": [1, 2], "target": 3}, {"numbers": [2, 2], "target": 4}]
     Path("mine.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in problems))
-    arguments = [*SMALL, "evaluation.data=[auto,mine.jsonl]", "reward=token_entropy"]
+    settings = [*SMALL, "optimizer.lr=0.001", "reward=token_entropy"]
+    arguments = [*settings, "evaluation.data=[auto,mine.jsonl]"]
     train.main([*arguments, "name=spied", "log_every=3"])
     samples = read("runs/spied/samples.jsonl")
     assert [row["step"] for row in samples] == [1, 1, 3, 3]
     for sample, row in zip(samples, (0, 4, 0, 4)):  # of the first two problems
         assert sample["reward"] == rollouts[sample["step"] - 1].rewards[row].item()
-    config = config_of(*SMALL)
+    config = config_of(*settings)
     assert rates == [train.learning_rate(step, config) for step in range(4)]
     assert len(set(rates)) == 4
     seed = config.evaluation.seed
@@ -245,7 +242,7 @@ def test_the_schedule_the_samples_and_the_base_reach_the_run(in_tmp, monkeypatch
         for model, values in expected.items():
             table = report[file][model]
             assert [table["entropy"][0], table["d_collapse"][0]] == pytest.approx(values, abs=1e-6)
-        assert abs(collapse) > 1e-3
+        assert 0 != collapse != 1
         assert f"| entropy    | {base.mean():.3f} ± " in card
     evaluated.clear()
     train.main([*arguments, "name=other", "seed=1", "steps=3"])

@@ -11,13 +11,6 @@ from support.config import UserError, read_run_config
 from support.files import read_jsonl
 from support.log import Log, model_card, open_run_folder, run_name, versions
 
-
-@pytest.fixture
-def in_tmp(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 # ---------------------------------------------------------------- the folder
 
 
