@@ -28,6 +28,7 @@ from helpers import (
 )
 
 import train
+from data import prompt_ids
 from evaluate import evaluate
 from grpo import group_advantages
 from objectives import OBJECTIVES, Objective
@@ -107,6 +108,25 @@ def test_a_truncated_completion_earns_nothing(monkeypatch):
     result = evaluate(policy, tokenizer, PROBLEMS, config, ALONE, samples=4, seed=0, title="")
     assert 0 < result.stopped.sum() < 32
     assert (result.correct == result.stopped).all()
+
+
+def test_each_sample_of_an_evaluation_is_graded_by_its_problem(monkeypatch):
+    calls = []
+
+    def spy(model, prompts, rows, **named):
+        calls.append((prompts, rows))
+        return sample(model, prompts, rows, **named)
+
+    monkeypatch.setattr("evaluate.sample", spy)
+    monkeypatch.setattr("rewards.is_correct", lambda problem, text, _: problem["numbers"][0] > 4)
+    config = config_of("max_new_tokens=6")
+    tokenizer = make_tokenizer(29)
+    result = evaluate(tiny_model(), tokenizer, PROBLEMS, config, ALONE, samples=4, seed=0, title="")
+    prompts = prompt_ids(tokenizer, PROBLEMS, config.prompt)
+    assert calls == [([prompt for prompt in prompts for _ in range(4)], list(range(32)))]
+    assert not result.correct[:4].any()
+    assert (result.correct[4:] == result.stopped[4:]).all()
+    assert result.stopped[4:].any()
 
 
 def test_the_config_reaches_the_sampler(in_tmp, monkeypatch):
