@@ -8,9 +8,11 @@ import subprocess
 import sys
 from itertools import combinations
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from helpers import ROOT, config_of
 
 import evaluate
@@ -215,6 +217,41 @@ def test_a_table_has_every_value_under_its_model():
     assert cells.keys() == summaries["trained"].keys()
     value, error = summaries["trained"]["d_collapse"]
     assert cells["d_collapse"] == ["", f"{value:.3f} ± {error:.3f}"]
+
+
+def test_a_star_where_the_interval_excludes_0(capsys):
+    differences = {"up": (0.2, 0.1, 0.3), "down": (-0.2, -0.3, -0.1), "none": (0.1, -0.1, 0.3)}
+    report = {"one": {"up": (0.5, 0.1)}, "two": {"up": (0.7, 0.1), "differences": differences}}
+    evaluate.print_comparison("file", report, 3, SimpleNamespace(samples=2, temperature=1.0))
+    lines = capsys.readouterr().out.splitlines()[-3:]
+    assert [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines] == [
+        ["up", "+0.200 [+0.100, +0.300] *"],
+        ["down", "-0.200 [-0.300, -0.100] *"],
+        ["none", "+0.100 [-0.100, +0.300]"],
+    ]
+
+
+def test_examples_are_of_the_easiest_and_the_hardest_problem(monkeypatch, capsys):
+    """The first correct and the first wrong completion of each, if there is one."""
+    result = made_up()
+    result.correct = result.correct[[1, 2, 0]]  # 4, 0 and 5 of 20
+
+    def sample_rows(model, tokenizer, problems, rows, *others, **named):
+        correct = torch.tensor(result.correct.ravel()[list(rows)])
+        return None, correct, [f"text {row}" for row in rows]
+
+    monkeypatch.setattr(evaluate, "sample_rows", sample_rows)
+    config = SimpleNamespace(samples=20, show=1, seed=0)
+    evaluate.print_examples("m", None, None, ["A", "B", "C"], result, config, None)
+    assert [line.strip() for line in capsys.readouterr().out.splitlines() if line] == [
+        "m, problem 2: 5 of 20 correct",
+        '"C"',
+        "correct: text 40",
+        "wrong: text 45",
+        "m, problem 1: 0 of 20 correct",
+        '"B"',
+        "wrong: text 20",
+    ]
 
 
 # ---------------------------------------------------------------- the command
