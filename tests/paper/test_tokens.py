@@ -9,6 +9,7 @@ import torch
 
 from paper import tokens
 from paper.one_step import draw_step
+from scope import redistribution_score
 from support.config import load_config
 from support.distributed import World
 from train import set_up
@@ -142,5 +143,17 @@ def test_command(in_tmp, small, capsys):
     shown = [ranked[i] for i in (0, 1, -2, -1)]
     assert [float(label.split()[-1]) for label in labels] == pytest.approx(shown, abs=0.006)
     assert [label.split()[0] == "right" for label in labels] == [value > 0 for value in shown]
+    columns = [rollout.tokens, rollout.logprobs.exp(), rollout.entropy]
+    group = rollout.mask.clone()
+    group[:first] = group[first + 5 :] = False
+    known = set()
+    for token, p, entropy in zip(*(column[group].tolist() for column in columns)):
+        known.add((f"p {p:.3f}, entropy {entropy:.3f}", run.tokenizer.decode([token])))
+    shown = {tuple(part.text for part in token if part.text) for token in elements(picture, "g")}
+    assert shown <= known
+    rows = [line.split("|")[2:5] for line in printed.splitlines() if "%" in line]
+    mean = sum(float(share.strip(" %")) / 100 * float(score) for share, _, score in rows)
+    scores = redistribution_score(rollout.logprobs.exp(), rollout.advantages[:, None])
+    assert mean == pytest.approx(scores[rollout.mask].mean().item(), abs=2e-3)
     outlined = [r for r in elements(picture, "rect") if r.get("stroke")]
     assert len(outlined) <= int(per_problem.max())
