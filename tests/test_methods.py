@@ -112,7 +112,8 @@ def test_a_rescored_rollout_is_that_of_the_current_policy():
     for name in ("logprobs", "entropy", "entropy_baseline"):
         assert_close(getattr(same, name), getattr(rollout, name), rtol=0, atol=1e-5)
     other = rescore(tiny_model(seed=5), rollout, config, ALONE)
-    assert (other.logprobs - rollout.logprobs).abs().max() > 0.1
+    for name in ("logprobs", "entropy", "entropy_baseline"):
+        assert (getattr(other, name) - getattr(rollout, name)).abs().max() > 0.01
     assert (other.tokens == rollout.tokens).all()
     assert (other.self_certainty == rollout.self_certainty).all()
 

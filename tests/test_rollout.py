@@ -1,6 +1,7 @@
 """Sampling, on tiny random models: the right distribution and record, whatever the batching."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -335,6 +336,8 @@ def test_mask_is_up_to_and_including_the_first_stop_token(model, prompts):
         assert (getattr(result, name)[~result.mask] == 0).all(), name
     assert (result.logprobs[result.mask] < 0).all()
     assert result.lengths.tolist() == [len(row) for row in rows_of(result)]
+    words = SimpleNamespace(batch_decode=lambda ids, skip_special_tokens: ids)
+    assert rollout.decode(words, result) == [list(row) for row in rows_of(result)]
     assert {row[-1] for row in rows_of(result)} >= set(STOP)  # both stop ids end rows
 
 
@@ -361,6 +364,7 @@ def test_the_models_own_generation_config_does_not_leak_in(model, prompts):
     model.generation_config = generation
     assert rows_of(sample(model, prompts)) == rows_of(plain)
     assert model.generation_config is generation  # and it is left as it was
+    assert not model.training
 
 
 def test_sampling_leaves_training_mode_and_uses_the_cache(model, prompts):
@@ -398,6 +402,16 @@ def test_finished_rows_leave_the_batch(model, prompts):
             length > position - position % 2 for length in lengths
         )  # swept every 2 tokens
         assert (rows, columns) == (unfinished, 1)
+
+
+def test_columns_that_are_padding_everywhere_are_dropped(model):
+    """When the longest prompt leaves, the others need no place for it."""
+    batch = rollout.prefill(model, [[2, 3, 4], [5] * 7], range(2))
+    left = batch.advance(batch.ids, 0, torch.tensor([True, False]))
+    assert left.ids.tolist() == [[2, 3, 4]]
+    assert left.attention.tolist() == [[1, 1, 1]]
+    for layer in left.cache.layers:
+        assert layer.keys.shape[-2] == layer.values.shape[-2] == 2
 
 
 def test_new_rows_enter_where_others_have_finished(model, prompts):
