@@ -165,7 +165,9 @@ def test_a_run_resumes_by_its_name_with_its_settings(in_tmp, monkeypatch):
         train.main([*SMALL, "name=other", "resume=true"])
     with lock(Path("runs/run/lock")), pytest.raises(UserError, match="runs/run is in use by proc"):
         train.main(["name=run", "resume=true"])
+    settings = Path("runs/run/config.yaml").read_text()
     train.main(["name=run", "resume=true", "keep=1", "micro_batch_size=3"])
+    assert Path("runs/run/config.yaml").read_text() == settings
     assert [path.name for path in Path("runs/run/checkpoints").iterdir()] == ["step-000004"]
 
 

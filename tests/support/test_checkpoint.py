@@ -123,6 +123,20 @@ def test_other_numbers_of_ranks(tmp_path):
         checkpoint.load(expected, saved)
 
 
+def test_a_checkpoint_gets_its_name_when_every_rank_has_saved(tmp_path):
+    """Ranks wait for the folder, and then for the shards of all."""
+    seen = []
+
+    class Watching(World):
+        def barrier(self):
+            seen.append([path.name for path in tmp_path.glob("checkpoints/*/optimizer-*")])
+            assert names(tmp_path) == ["step-000001.tmp"]
+
+    save_steps(make_run(tmp_path, world=Watching()), 1)
+    assert seen == [[], ["optimizer-0.pt"]]
+    assert names(tmp_path) == ["step-000001"]
+
+
 def test_the_newest_are_kept_also_behind_a_link(tmp_path):
     assert checkpoint.latest(tmp_path) is None
     (tmp_path / "large disk").mkdir()

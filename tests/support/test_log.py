@@ -80,6 +80,10 @@ def test_lines_after_the_last_checkpoint_are_dropped(tmp_path, capsys):
     assert rows[2] == {"step": 2, "loss": 0.5, "nan": None, "inf": None}  # JSON has no NaN
     assert rows[3] == {"step": 3, "loss": 0.25}
     assert [row["step"] for row in read_jsonl(tmp_path / "samples.jsonl")] == [0, 1, 2]
+    # the evaluation after the last step is done again
+    log.metrics(3, {"eval/pass@1": 0.5})
+    Log(tmp_path, config_of("name=1e-6", "steps=3"), 3, active=True)
+    assert read_jsonl(tmp_path / "metrics.jsonl") == rows
     saved = read_run_config(tmp_path)
     assert saved["name"] == "1e-6"
     assert saved["resume"] is False

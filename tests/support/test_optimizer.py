@@ -28,12 +28,12 @@ def copy_of(parameters, dtype=None):
     }
 
 
-def take_steps(optimizer, parameters, steps, lr=None):
-    """Take steps with gradients that are a function of the step, rounded to bf16."""
+def take_steps(optimizer, parameters, steps, lr=None, dtype=torch.bfloat16):
+    """Take steps with gradients that are a function of the step, rounded to `dtype`."""
     for step in steps:
         generator = torch.Generator().manual_seed(100 + step)
         for parameter in parameters.values():
-            gradient = torch.randn(parameter.shape, generator=generator).bfloat16()
+            gradient = torch.randn(parameter.shape, generator=generator).to(dtype)
             parameter.grad = gradient.to(parameter.dtype)
         for group in optimizer.param_groups:
             group["lr"] = lr or 1e-2 / (1 + step)  # as train.set_learning_rate does
@@ -52,8 +52,9 @@ def assert_equal(parameters, expected):
 def test_fp32_is_torch_adamw_bit_for_bit():
     parameters = make_parameters(torch.float32)
     expected = copy_of(parameters)
-    take_steps(make_optimizer(parameters), parameters, range(30))
-    take_steps(AdamW(expected.values(), weight_decay=0.1), expected, range(30))
+    exact = dict(dtype=torch.float32)
+    take_steps(make_optimizer(parameters), parameters, range(30), **exact)
+    take_steps(AdamW(expected.values(), weight_decay=0.1), expected, range(30), **exact)
     assert_equal(parameters, expected)
 
 
