@@ -7,9 +7,9 @@ import pytest
 import yaml
 from helpers import config_of
 
-from support.config import UserError, read_run_config
+from support.config import UserError, read_defaults, read_run_config
 from support.files import read_jsonl
-from support.log import Log, model_card, open_run_folder, run_name, versions
+from support.log import FREE_ON_RESUME, Log, model_card, open_run_folder, run_name, versions
 
 # ---------------------------------------------------------------- the folder
 
@@ -36,6 +36,18 @@ def test_a_run_is_named_by_what_differs(in_tmp):
     assert name("recipe=recipe.yaml", "steps=8") == "countdown-scope-seed0-steps8"
     Path("recipe.yaml").write_text("model: m\nreward: token_entropy\nmax_new_tokens: 7\n")
     assert name("recipe=recipe.yaml", "data=a/b.jsonl") == "m-a-b-token_entropy-scope-seed0"
+
+
+def test_what_changes_the_training_is_not_free_on_resume():
+    groups = ("optimizer.", "selection.", "grpo.", "evaluation.", "prompt.", "countdown", "toy.")
+    others = (
+        "model data seed steps precision reward objective grader temperature max_new_tokens "
+        "prompts_per_step group_size updates_per_rollout forking_fraction validation_fraction"
+    ).split()
+    keys = {key for key in read_defaults() if key.startswith(groups)} | {*others}
+    assert keys < read_defaults().keys()
+    assert len(keys) > 40
+    assert not keys & FREE_ON_RESUME
 
 
 def test_which_folders_are_taken_and_which_can_be_resumed(in_tmp):
