@@ -140,6 +140,20 @@ def test_command_writes_the_text_of_the_page_in_docs(in_tmp, small, capsys):
     assert words(page) == words((ROOT / "docs" / "one-step.md").read_text())
 
 
+def test_the_steps_before_that_of_the_page_are_done_first(in_tmp, small, monkeypatch):
+    calls = []
+    for name in ("draw_step", "train_step"):
+
+        def spy(run, step, *rest, name=name, function=getattr(one_step, name)):
+            calls.append((name, step))
+            return function(run, step, *rest)
+
+        monkeypatch.setattr(one_step, name, spy)
+    one_step.main([*small, "step=1", "out=page.md"])
+    assert calls == [(name, step) for step in (0, 1) for name in ("draw_step", "train_step")]
+    assert "shows step 1 of" in Path("page.md").read_text()
+
+
 def test_the_page_in_docs_follows_the_definitions_it_gives():
     """Advantages from rewards, scores from p and A, the loss from its parts."""
     page = (ROOT / "docs" / "one-step.md").read_text()

@@ -199,9 +199,11 @@ def test_command(in_tmp, small, capsys, monkeypatch):
     """The table again, from what was measured at the tokens of the step."""
     arguments = [*small, "contexts=4", "continuations=3"]
     measured = []
+    problems = {}
 
     def record(run, problem, rollout, row, t, rng, step, measure=tightness.measure_context):
         result = measure(run, problem, rollout, row, t, rng, step)
+        problems[row] = problem
         measured.append((row, t, step, *result))
         return result
 
@@ -210,7 +212,8 @@ def test_command(in_tmp, small, capsys, monkeypatch):
     text = Path("analyses/tightness.md").read_text()
     assert text in capsys.readouterr().out
     config = load_config(arguments, tightness.SETTINGS)
-    _, rollout = draw_step(set_up(config, World(), Path("runs")), 0)  # the same step once more
+    of_row, rollout = draw_step(set_up(config, World(), Path("runs")), 0)  # the same step once more
+    assert problems == {row: of_row[row] for row in problems}
     entropies = rollout.entropy[rollout.mask].sort(descending=True).values
     forking = rollout.mask & (rollout.entropy >= entropies[round(0.2 * len(entropies)) - 1])
     lines = [[cell.strip() for cell in line.split("|")] for line in text.splitlines()[2:]]
@@ -224,4 +227,6 @@ def test_command(in_tmp, small, capsys, monkeypatch):
         low, high = map(float, interval.split(" to "))
         assert (name, count) == (kind, "4")
         assert [float(ratio), float(null)] == pytest.approx([R / L, null_R / null_L], abs=0.0006)
-        assert low - 0.001 <= R / L <= high + 0.001
+        groups = np.array([row // 4 for row, *_ in contexts])
+        _, *ends, _ = tightness.tightness_ratio(np.array(contexts)[:, 3:], groups)
+        assert [low, high] == pytest.approx(ends, abs=0.0006)
