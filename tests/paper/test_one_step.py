@@ -142,15 +142,16 @@ def test_command_writes_the_text_of_the_page_in_docs(in_tmp, small, capsys):
 
 def test_the_steps_before_that_of_the_page_are_done_first(in_tmp, small, monkeypatch):
     calls = []
-    for name in ("draw_step", "train_step"):
+    functions = {name: getattr(one_step, name) for name in ("draw_step", "train_step")}
+    for name, function in functions.items():
 
-        def spy(run, step, *rest, name=name, function=getattr(one_step, name)):
+        def spy(run, step, *rest, name=name, function=function):
             calls.append((name, step))
             return function(run, step, *rest)
 
         monkeypatch.setattr(one_step, name, spy)
     one_step.main([*small, "step=1", "out=page.md"])
-    assert calls == [(name, step) for step in (0, 1) for name in ("draw_step", "train_step")]
+    assert calls == [(name, step) for step in (0, 1) for name in functions]
     assert "shows step 1 of" in Path("page.md").read_text()
 
 

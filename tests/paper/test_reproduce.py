@@ -17,6 +17,7 @@ import pytest
 from helpers import ROOT
 
 import train
+from data import countdown
 from paper import figures, reproduce, tables
 from support import config as configs
 from support.config import RunError, UserError, cast, load_config, nest, read_defaults
@@ -127,6 +128,14 @@ def test_killed_and_resumed_the_same_table(tmp_path, monkeypatch):
     (out / "runs.jsonl").write_text("".join(json.dumps(run) + "\n" for run in other))
     reproduce.main(arguments)
     assert read_jsonl(out / "runs.jsonl") == other
+    # runs of another experiment, under its labels: they are not repeated
+    Path("results/table2").mkdir()
+    lines = "".join(json.dumps(run | {"row": "of Table 2"}) + "\n" for run in runs)
+    Path("results/table2/runs.jsonl").write_text(lines)
+    (out / "runs.jsonl").unlink()
+    reproduce.main(arguments)
+    assert read_jsonl(out / "runs.jsonl") == runs
+    assert log.stat().st_mtime_ns == written
 
 
 def test_a_failed_run_is_one_line_and_no_further_run_starts(tmp_path, monkeypatch):
@@ -187,11 +196,15 @@ def test_only_one_at_a_time(tmp_path, monkeypatch):
 
 def test_countdown_files(tmp_path):
     """Problems that training never sees; validation has none of 4-numbers."""
-    files = reproduce.countdown_files(tmp_path, {"numbers": 4, "largest": 20, "limit": 99})
+    kind = {"numbers": 4, "largest": 20, "limit": 99}
+    files = reproduce.countdown_files(tmp_path, kind)
     problems = {Path(file).stem: read_jsonl(Path(file)) for file in files}
     assert [len(rows) for rows in problems.values()] == [100, 64, 64, 64, 64]
     assert {len(row["numbers"]) for row in problems["5-numbers"]} == {5}
     assert max(max(row["numbers"]) for row in problems["larger"]) > 20
+    training = countdown(1000, heldout=False, **kind)
+    for name in ("4-numbers", "validation"):
+        assert not [row for row in problems[name] if row in training]
     assert not [row for row in problems["validation"] if row in problems["4-numbers"]]
 
 
