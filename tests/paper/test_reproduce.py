@@ -274,14 +274,19 @@ def test_tables_and_pictures_of_whole_and_half_results(name):
 
 
 @pytest.mark.parametrize("file", RUNS, ids=lambda file: str(file.parent.relative_to(ROOT)))
-def test_committed_runs_are_those_that_would_be_run(file):
-    """Each line is called as its row says, and has its settings."""
-    runs = all_runs(file.parent.name)
+def test_committed_runs_are_those_that_would_be_run(file, tmp_path, monkeypatch):
+    """Each line is called as its row says, and has its settings and those of all runs."""
+    monkeypatch.chdir(tmp_path)
+    name = file.parent.name
+    common = reproduce.common_overrides([name], [], load_config([], reproduce.SETTINGS))
+    runs = all_runs(name)
     usual = read_defaults()
     for run in read_jsonl(file):
         line, overrides = runs[run["run"]]
         assert line == {key: run[key] for key in line}
-        settings = dict(override.split("=") for override in overrides)  # the last one counts
+        settings = dict(
+            override.split("=") for override in common + overrides
+        )  # the last one counts
         for key in settings.keys() & run["config"].keys():
             assert run["config"][key] == cast(key, settings[key], usual[key]), (run["run"], key)
         assert run["config"].keys() <= usual.keys() and run["config"]["seed"] == run["seed"]
