@@ -197,7 +197,9 @@ def test_measure_against_a_bandit(followed, monkeypatch):
 
 def test_command(in_tmp, small, capsys, monkeypatch):
     """The table again, from what was measured at the tokens of the step."""
-    arguments = [*small, "contexts=4", "continuations=3"]
+    # some of the four contexts of a kind are of one problem
+    few = ["prompts_per_step=4", "selection.fraction=0.5", "contexts=4", "continuations=3"]
+    arguments = [*small, *few]
     measured = []
     problems = {}
 
