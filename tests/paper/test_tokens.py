@@ -124,7 +124,7 @@ def test_svg_holds_what_it_shows():
 
 def test_command(in_tmp, small, capsys):
     """Two best and two worst completions of the group with the most selected tokens."""
-    arguments = [*small, "group_size=5", "seed=1"]
+    arguments = [*small, "group_size=5", "seed=2"]
     tokens.main(arguments)
     printed = capsys.readouterr().out
     config = load_config(arguments, tokens.SETTINGS)
