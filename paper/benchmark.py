@@ -134,6 +134,8 @@ def time_trl(run: Run, beta: float) -> tuple[float, float]:
             theirs = time.perf_counter() - self.began
             times.append([seconds_of(partial(whole_step, run, state.global_step)), theirs])
 
+    completions = config.prompts_per_step * config.group_size
+    batch = min(config.micro_batch_size, completions)
     model = copy.deepcopy(run.policy)
     model.warnings_issued = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -143,7 +145,8 @@ def time_trl(run: Run, beta: float) -> tuple[float, float]:
             learning_rate=0.0,
             beta=beta,
             num_generations=config.group_size,
-            per_device_train_batch_size=config.prompts_per_step * config.group_size,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=completions // batch,
             max_completion_length=config.max_new_tokens,
             gradient_checkpointing=False,
             bf16=run.world.dtype == torch.bfloat16,
