@@ -84,8 +84,11 @@ class Run:
     fingerprints: dict[str, str]  # hashes of model, data ...; a resumed run must have the same
 
 
-def train(run: Run, log: Log, start: int) -> None:
-    """Run the training steps from `start` on; see the module docstring for the seven parts."""
+def train(run: Run, log: Log, start: int, base: dict[str, Evaluation]) -> None:
+    """Run the training steps from `start` on; see the module docstring for the seven parts.
+
+    `base` is the evaluation of the base model on every held-out file.
+    """
     config = run.config
     world = run.world
     stop_signal = StopSignal()
@@ -154,7 +157,7 @@ def train(run: Run, log: Log, start: int) -> None:
         if config.evaluation.every and (step + 1) % config.evaluation.every == 0 and not last:
             first_file = next(iter(run.heldout))
             results = evaluate_policy(run, [first_file], config.evaluation.samples_between)
-            log.metrics(step + 1, evaluation_metrics(results))
+            log.metrics(step + 1, evaluation_metrics(results, base))
         # one rank may get the signal a step before the others: all stop together
         stop_number = world.max(stop_signal.number)
         # not after a bad step: a run resumed from it would fail again
@@ -592,13 +595,16 @@ def finish(run: Run, log: Log, base: dict[str, Evaluation]) -> None:
         run.policy.save_pretrained(unfinished)
         run.tokenizer.save_pretrained(unfinished)
         (unfinished / "README.md").write_text(model_card(config, tables), encoding="utf-8")
-    report = {
-        file: {
-            "base": base[file].summary(base[file], POWERS_OF_2),
-            "trained": result.summary(base[file], POWERS_OF_2),
+    report = {}
+    for file, result in trained.items():
+        models = {"base": base[file], "trained": result}
+        report[file] = {
+            name: model.summary(base[file], POWERS_OF_2) for name, model in models.items()
         }
-        for file, result in trained.items()
-    }
+        report[file]["samples"] = config.evaluation.samples
+        report[file]["correct"] = {
+            name: model.correct.sum(axis=1).tolist() for name, model in models.items()
+        }
     replace_text(run.folder / "evaluation.json", json.dumps(report, indent=1) + "\n")
     log.print(
         f"written to {run.folder}/: config.yaml, metrics.jsonl (a line a step), "
@@ -761,7 +767,7 @@ def run_training(run: Run, resume: bool) -> None:
     log.print(f"{run.folder}: {text}")
     if start == 0:
         log.metrics(0, evaluation_metrics(base))
-    train(run, log, start)
+    train(run, log, start, base)
     finish(run, log, base)
 
 

@@ -245,7 +245,7 @@ def common_overrides(names: list, arguments: list, config) -> list:
 def launch(folder: Path, overrides: list, ranks: int, devices: list) -> dict:
     """Run train.py, or resume it from its last checkpoint; its output goes to runs/NAME.log.
 
-    Returns the rest of the run's line in runs.jsonl.
+    Returns its settings and the versions, for the run's line in runs.jsonl.
     """
     command = [sys.executable]
     if ranks > 1:
@@ -266,7 +266,7 @@ def launch(folder: Path, overrides: list, ranks: int, devices: list) -> dict:
         raise RunError(f"a run failed: see {folder}.log; then give the same command again")
     config = read_run_config(folder)
     settings = {key: config[key] for key in config.keys() - FREE_ON_RESUME}
-    return {"figures": summarise_run(folder), "config": settings} | versions()
+    return {"config": settings} | versions()
 
 
 def device_slots(jobs: int, ranks: int) -> list:
@@ -302,7 +302,8 @@ def run_experiment(name: str, common: list, config) -> None:
     folders = {run: Path("runs") / f"{out.name}-{run}" for run in runs if run not in finished}
 
     def launch_run(run: str) -> dict:
-        return launch(folders[run], common + runs[run][1], config.ranks, devices)
+        about = launch(folders[run], common + runs[run][1], config.ranks, devices)
+        return {"figures": summarise_run(folders[run])} | about
 
     with ThreadPoolExecutor(config.jobs) as pool:
         new_lines = pool.map(launch_run, folders)  # after an error no further run starts

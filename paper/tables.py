@@ -88,7 +88,8 @@ def summarise_run(folder: Path) -> dict:
     }
     figures = {"training": training, "base": {}, "trained": {}}
     for file, models in json.loads((folder / "evaluation.json").read_text()).items():
-        for model, metrics in models.items():
+        for model in ("base", "trained"):
+            metrics = models[model]
             figures[model][Path(file).stem] = {key: value for key, (value, _) in metrics.items()}
     return figures
 

@@ -2,6 +2,10 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
@@ -16,6 +20,7 @@ from transformers import (
 )
 
 import data
+import train
 from rewards import REWARDS, grade
 from rollout import Rollout, sample
 from support.config import load_config
@@ -145,3 +150,19 @@ def assert_same_gradient(a, b, tolerance=1e-6):
     error = math.sqrt(sum(squares)) / size
     assert size > 1e-3
     assert error <= tolerance, error
+
+
+def run_copy(command, *, stdout, stderr, env):
+    """Do what `python train.py ...` does in a copy of this process, which has imported it all."""
+    assert command[:2] == [sys.executable, f"{ROOT}/train.py"]
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            with open(stdout.name, "a", buffering=1) as log, redirect_stdout(log):
+                train.main(command[2:])
+            status = 0
+        finally:
+            os._exit(status)
+    _, status = os.waitpid(child, 0)
+    return subprocess.CompletedProcess(command, os.waitstatus_to_exitcode(status))

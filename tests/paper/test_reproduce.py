@@ -5,16 +5,14 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
-from contextlib import redirect_stdout
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
 import matplotlib
 import pytest
-from helpers import ROOT
+from helpers import ROOT, run_copy
 
 import train
 from data import countdown
@@ -40,22 +38,6 @@ def all_runs(name: str, seeds: int = 10) -> dict:
 
 
 # ---------------------------------------------------------------- killed and resumed
-
-
-def run_copy(command, *, stdout, stderr, env):
-    """Do what `python train.py ...` does in a copy of this process, which has imported it all."""
-    assert command[:2] == [sys.executable, f"{ROOT}/train.py"]
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            with open(stdout.name, "a", buffering=1) as log, redirect_stdout(log):
-                train.main(command[2:])
-            status = 0
-        finally:
-            os._exit(status)
-    _, status = os.waitpid(child, 0)
-    return subprocess.CompletedProcess(command, os.waitstatus_to_exitcode(status))
 
 
 def start_and_be_killed(arguments: list[str]) -> None:
