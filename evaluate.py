@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-# Threads of torch that wait must not spin, which on a busy machine stops the others. This is read
-# when torch is imported.
+# Waiting threads of torch must sleep, not spin: on a busy machine spinning stops all the others.
+# torch reads this when it is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
@@ -419,8 +419,8 @@ def caption(problems: int, samples: int, temperature: float) -> str:
     """Write what the numbers of a table mean."""
     return (
         f"{problems} held-out problems, {samples} samples each at temperature {temperature:g}; "
-        f"± is the standard error over problems. Pass@{samples} is the share of problems solved at "
-        "least once."
+        f"± is the standard error over problems. Pass@k is the chance that at least one of k "
+        "samples is correct."
     )
 
 

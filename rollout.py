@@ -59,14 +59,14 @@ def uniform(seed: int, step: int, rows: Tensor, position: Tensor | int) -> Tenso
     return (bits.double() + 0.5) * 2.0**-40
 
 
-def sample_tokens(probs: Tensor, uniform: Tensor) -> Tensor:
+def sample_tokens(probs: Tensor, number: Tensor) -> Tensor:
     """Sample a token of each row by the inverse of the cumulative distribution.  [B, V], [B] -> [B]
 
-    This is the first token whose cumulative probability exceeds `uniform` times the total. The sums
+    This is the first token whose cumulative probability exceeds `number` times the total. The sums
     are fp64, so that a probability is exact to 2^-40; a token of probability 0 is never sampled.
     """
     cumulative = probs.cumsum(dim=-1, dtype=torch.float64)
-    threshold = uniform[:, None] * cumulative[:, -1:]
+    threshold = number[:, None] * cumulative[:, -1:]
     # The first, and not a binary search: a GPU adds in parts, so rounding may make sums decrease.
     exceeds = (cumulative > threshold) & (probs > 0)
     return exceeds.to(torch.uint8).argmax(dim=-1)
@@ -341,16 +341,17 @@ def sampling_mode(model) -> Iterator[None]:
 
     The model's own generation_config would fill every field that ours leaves unset (a repetition
     penalty, suppressed tokens ...), and the distribution that is sampled from would no longer be
-    the one that is trained.
+    the one that is trained. Meanwhile a fp32 copy of bf16 weights of the vocabulary projection is
+    kept, which would otherwise be made for every token.
     """
     generation = model.generation_config
     training = model.training
     head = model.get_output_embeddings()
     model.generation_config = GenerationConfig()
     model.eval()  # in train mode gradient checkpointing would also switch the KV cache off
-    if head.weight.dtype != torch.float32:
-        head.fp32_weight = head.weight.detach().float()  # once, and not for every token
     try:
+        if head.weight.dtype != torch.float32:
+            head.fp32_weight = head.weight.detach().float()
         with torch.no_grad():
             yield
     finally:
@@ -408,6 +409,7 @@ class Batch:
             mine.values = torch.cat(
                 [pad_left(mine.values, width - 1, dim=-2), pad_left(new.values, width - 1, dim=-2)]
             )
+            mine.memory = []
         return Batch(
             torch.cat([self.rows, other.rows]),
             torch.cat([self.lengths, other.lengths]),
@@ -473,6 +475,11 @@ class BlockLayer(DynamicLayer):
         self.keys = self.memory[0][..., :stop, :]
         self.values = self.memory[1][..., :stop, :]
         return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor):
+        """Keep some rows, in new memory of their size; the old memory is free at once."""
+        super().batch_select_indices(indices)
+        self.memory = []
 
 
 def prefill(model, prompts: list[list[int]], rows: range) -> Batch:

@@ -12,6 +12,7 @@ is trained on first use, kept in runs/, and used again as long as `make_recipe` 
 import json
 import math
 import random
+import sys
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from transformers import PreTrainedTokenizerFast, SeedOssConfig, SeedOssForCausa
 
 from data import format_prompt, is_heldout, random_chain
 from support import models
-from support.config import load_config, one_line_errors, require
+from support.config import load_config, one_line_errors, require, show_help
 from support.files import fingerprint, lock, replace_folder
 
 SHIPPED = Path(__file__).parent / "recipes" / "toy-base"  # the base model of the default settings
@@ -205,5 +206,7 @@ def collate(pairs: list[tuple[str, str]], tokenizer) -> tuple[torch.Tensor, torc
 
 if __name__ == "__main__":
     with one_line_errors():
+        show_help(sys.argv[1:], __doc__)
+        require(not sys.argv[1:], "python toy.py takes no arguments: it makes recipes/toy-base")
         torch.set_num_threads(1)
         save_base_model(SHIPPED, make_recipe(load_config([])))

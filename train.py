@@ -24,8 +24,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-# Threads of torch that wait must not spin, which on a busy machine stops the others. This is read
-# when torch is imported.
+# Waiting threads of torch must sleep, not spin: on a busy machine spinning stops all the others.
+# torch reads this when it is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np

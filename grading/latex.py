@@ -4,6 +4,7 @@ import re
 
 SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 UNITS = {"$": '"dollars"', "€": '"euros"', "£": '"pounds"', "¥": '"yen"', "°": '"degrees"'}
+LETTERS = {"m": "met", "s": "sec", "h": ("ho", "hr"), "g": "gram", "l": "lit"}
 NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 TOKEN = re.compile(  # the signs in UNITS are no tokens: they are skipped
     r'"[^"]*"|\\[a-zA-Z]+|\\.|\d+(?:\.\d+)?|\.\d+|[<>!]=|[a-zA-Z]{4,}|\s+|[^$€£¥°]', re.DOTALL
@@ -85,13 +86,15 @@ SYNONYM = "|".join(re.escape(word) + (END if word[0] == "\\" else "") for word i
 REWRITES = [
     # formatting and spaces; a single dollar sign before a number is money
     (r"\\(?=\$)|(?<!\\)\$(?!\s*[\d.][^$]*$)", ""),
+    (r"(?<=\d),\\!\s*(?=\d{3}(?!\d))", ""),  # 12,\!345
     (r"\\!\s*|(?<!\\)\\[()\[\]]|\\boxedEND|\bRs\.?(?=\s*\d)", ""),
     (
         r"\\(?:left|right|middle|[bB]igg?[lr]?)END\.?|\\(?:displaystyle|limits|phantom|bf|rm|it)END",
         "",
     ),
     (r"(?:(?<!\\)\\[,;:> ]|~|\\q?quadEND|\s)+", " "),
-    (r"(?:(?<!\d{4})(?<=\d) |(?<=\d)\{,\})(?=\d{3}(?![\d/]))|^ ?(?:\\approxEND|=)", ""),  # 12 345
+    (r"^ ?(?:\\approxEND|≈|=)", ""),
+    (r"(?:(?<!\d{4})(?<=\d) |(?<=\d)\{,\})(?=\d{3}(?![\d/]))", ""),  # 12 345
     (r"(?:\{|^)((?:[^{}]|\{[^{}]*\})*)(\\over|\\choose)END([^{}]*)(?:\}|$)", r"\2{\1}{\3}"),
     (SYNONYM, lambda match: SYNONYMS[match[0]]),
     # text
@@ -196,13 +199,17 @@ def units_differ(one: str, other: str) -> bool:
     """Return whether two answers have different units, as in dollars and cents, or cm and cm^2.
 
     A unit may be left out on one side, or be abbreviated: the letters of mph are, in this order,
-    among those of miles per hour.
+    among those of miles per hour. Only a word of four letters or more is abbreviated, or a plural.
     """
     words, powers = units(one)
     other_words, other_powers = units(other)
     short, long = sorted((words, other_words), key=len)
     letters = iter(long)
     is_same = short[:1] == long[:1] and all(letter in letters for letter in short)
+    is_same = is_same and len(long) > 3
+    if short in LETTERS:  # m is metres, and neither miles nor minutes
+        is_same = long.startswith(LETTERS[short])
+    is_same = is_same or long == short or (long == short + "s" and short != "m")
     is_same = is_same or long.endswith(" " + short)  # large eggs are eggs
     is_rate = re.match(short + r" (per|h|hr|s|sec)\b", long)  # km is not km/h
     return short != "" and (powers != other_powers or not is_same or bool(is_rate))

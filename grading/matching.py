@@ -54,7 +54,9 @@ def readings(answer: str, gold: str) -> list[tuple]:
     """Return pairs of texts, one of which must match: 101,103 may be one number or two."""
     number_list = r"\d{3}(?:,[1-9]\d\d)+"
     one = join_thousands(answer)
-    other = join_thousands(gold, rf"{number_list}(?<!0)")  # 10 and 103 is no 101,103
+    other = join_thousands(
+        gold, rf"{number_list}(?<!0)"
+    )  # a number that ends in 0 is rarely one of a list
     pairs = [(one, other), (join_thousands(answer, number_list), join_thousands(gold, number_list))]
     for pattern, meanings in MEANINGS:
         if bool(pattern.search(one)) != bool(pattern.search(other)):

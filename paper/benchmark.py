@@ -266,7 +266,6 @@ QWEN2_7B = Qwen2Config(
     num_attention_heads=28,
     num_key_value_heads=4,
     tie_word_embeddings=False,
-    torch_dtype=torch.bfloat16,
 )
 
 
@@ -290,6 +289,8 @@ class KernelCount(TorchDispatchMode):
         outputs = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
         storages = {x.untyped_storage()._cdata for x in inputs}
         is_view = any(x.untyped_storage()._cdata in storages for x in outputs)
+        if function is torch.ops.aten.embedding.default:
+            inputs = outputs  # it reads only the rows that it writes
         if function._schema.is_mutable or not is_view and "empty" not in function.name():
             self.count(*inputs, *outputs)
         return result

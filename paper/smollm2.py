@@ -1,4 +1,4 @@
-"""Prepare what recipes/smollm2-135m.yaml trains: arithmetic problems, and the model without a hub.
+"""Prepare recipes/smollm2-135m.yaml: problems, and the model where the hub cannot be reached.
 
     python -m paper.smollm2                                    # problems; the model is on the hub
     python -m paper.smollm2 SmolLM2-135M-Instruct.Q4_1.gguf    # both: see docs/real-models.md
@@ -26,16 +26,16 @@ def arithmetic(count: int) -> list[dict]:
     rng = random.Random("arithmetic")
     problems = {}
     while len(problems) < count:
-        a = rng.randint(10, 50)
-        b = rng.randint(2, 30)
+        # the ranges do not overlap, so that no problem is another one with its numbers swapped
+        a = rng.randint(31, 60)
+        b = rng.randint(10, 30)
         c = rng.randint(2, 9)
-        d = rng.randint(3, 15)
         text, answer = rng.choice(
             [
                 (f"{a} + {b}", a + b),
                 (f"{a} - {b}", a - b),
                 (f"{a} + {b} - {c}", a + b - c),
-                (f"{c} * {d}", c * d),
+                (f"{c} * {b}", c * b),
             ]
         )
         problems[text] = {"problem": f"What is {text}?", "answer": str(answer)}
@@ -58,7 +58,8 @@ def write_model(file: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         quantised = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
     except (ImportError, ValueError) as error:
-        raise UserError(f"{file} cannot be read ({error}): pip install gguf accelerate") from None
+        hint = "it needs pip install gguf accelerate, and the file from docs/real-models.md"
+        raise UserError(f"{file} cannot be read ({error}): {hint}") from None
     shape = quantised.config
     del shape.quantization_config
     model = LlamaForCausalLM(shape)
@@ -71,9 +72,10 @@ def write_model(file: Path) -> None:
 
 def main(arguments: list[str]) -> None:
     show_help(arguments, __doc__)
+    require(len(arguments) < 2, f"{' '.join(arguments)}: give at most one file")
     write_problems()
-    for file in arguments:
-        write_model(Path(file))
+    if arguments:
+        write_model(Path(arguments[0]))
     print(f"written: {FOLDER}/")
 
 

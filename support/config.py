@@ -3,6 +3,7 @@
 import difflib
 import math
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterator
@@ -32,9 +33,9 @@ class RunError(UserError):
 
 # The functions of a run in which memory can run out, and the settings that change what they need.
 MEMORY_HINTS = {
-    "sample": "sampling: lower rollout.batch_size or max_new_tokens",
+    "sample": "sampling: lower rollout.batch_size",
     "rescore": "rescoring: lower micro_batch_tokens, micro_batch_size or logits_chunk",
-    "select": "the selection: lower prompts_per_step or group_size",
+    "select": "the selection: start a new run with a lower prompts_per_step or group_size",
     "update": "the update: lower micro_batch_tokens, micro_batch_size or logits_chunk, or give "
     "gradient_checkpointing=true or offload=true",
     "save": "saving a checkpoint: give offload=true or more ranks",
@@ -45,11 +46,15 @@ MEMORY_HINTS = {
 def out_of_memory(error: Exception) -> str:
     """Return one line that names where memory ran out; "" if the error is another one."""
     known = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    if not known and "alloc" not in str(error).lower():  # as the CPU's allocator and cuBLAS say it
+    # as CUDA, the CPU's allocator and cuBLAS say it
+    phrases = "out of memory|can't allocate|not enough memory|alloc_failed"
+    if isinstance(error, RuntimeError) and re.search(phrases, str(error), re.IGNORECASE):
+        known = True
+    if not known:
         return ""
     for frame in traceback.extract_tb(error.__traceback__):
         if frame.name in MEMORY_HINTS:
-            return f"out of memory in {MEMORY_HINTS[frame.name]}; resume=true continues the run"
+            return f"out of memory in {MEMORY_HINTS[frame.name]}"
     return "out of memory"
 
 

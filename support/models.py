@@ -9,7 +9,7 @@ import inspect
 import json
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -100,8 +100,10 @@ def load_tokenizer(name: str):
     )
     if tokenizer.chat_template is not None:
         chat = [{"role": "user", "content": "?"}]
-        if render_chat(tokenizer, chat) == render_chat(tokenizer, chat, add_generation_prompt=True):
-            note(f"model={name}: its chat template adds nothing after the user's turn")
+        with suppress(UserError):  # a template that fails matters only if it is used
+            texts = [render_chat(tokenizer, chat, add_generation_prompt=on) for on in (True, False)]
+            if texts[0] == texts[1]:
+                note(f"model={name}: its chat template adds nothing after the user's turn")
     return tokenizer, shape
 
 
@@ -197,19 +199,22 @@ def use_fp32_logits(model) -> None:
     model.set_output_embeddings(fp32_head)
 
 
-LONG_PREFIX = 16  # with fewer tokens in common it is not worth another forward pass
+LONG_PREFIX = 16  # with fewer tokens in common another forward pass is not worth it
 
 
 def hidden_states(model, tokens: Tensor) -> Tensor:
     """Return the last hidden states of right-padded tokens.  [b, T] -> [b, T, hidden size]
 
-    They are what the vocabulary projection takes. The tokens with which all rows begin, such as
-    worked examples or the prompt of a group, are read once, through a KV cache with gradient.
+    They are what the vocabulary projection takes. On a CPU the tokens with which all rows begin,
+    such as worked examples or the prompt of a group, are read once, through a KV cache with
+    gradient. A GPU would lose its fast attention, which takes no mask, and checkpointing has no
+    cache.
     """
     same = (tokens == tokens[0]).all(dim=0)
     prefix = min(int(same.cumprod(dim=0).sum()), tokens.shape[1] - 1)
-    checkpointing = model.training and model.is_activation_checkpointing  # it does without a cache
-    if prefix < LONG_PREFIX or len(tokens) == 1 or checkpointing:
+    checkpointing = model.training and model.is_activation_checkpointing
+    is_worth_it = prefix >= LONG_PREFIX and len(tokens) > 1 and tokens.device.type == "cpu"
+    if checkpointing or not is_worth_it:
         return model.base_model(tokens, use_cache=False).last_hidden_state
     cache = DynamicCache(config=model.config)
     settings = cache_argument(model, cache) | {"use_cache": True}
@@ -229,7 +234,7 @@ def cache_argument(model, cache: DynamicCache) -> dict:
 
 def fingerprint(model) -> str:
     """Return a checksum of the weights and the config, whatever folder they came from."""
-    shape = model.config.to_dict()
+    shape = model.config.to_diff_dict()  # what differs from the defaults of its class
     for key in ("_name_or_path", "transformers_version"):
         shape.pop(key, None)
     value = zlib.crc32(json.dumps(shape, sort_keys=True, default=str).encode())
@@ -281,12 +286,12 @@ def encode_prompts(tokenizer, texts: list[str], *, chat: bool, system: str = "")
         require(
             text.strip() in prompt,
             "the model's chat template does not write the user's message into the prompt: repair "
-            "its chat_template, or delete it to use prompt.plain",
+            "its chat_template, or give prompt.chat=never to use prompt.plain",
         )
         require(
             system.strip() in prompt,
-            "the model's chat template ignores prompt.system: leave it empty, and say it in "
-            "prompt.math",
+            "the model's chat template ignores prompt.system: leave it empty and say it in "
+            "prompt.math, or give prompt.chat=never",
         )
     # the template writes the special tokens itself
     return tokenizer(rendered, add_special_tokens=False).input_ids

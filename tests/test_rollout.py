@@ -223,6 +223,7 @@ def test_a_block_layer_is_a_dynamic_layer():
         if i == 100:
             for layer in (ours, usual):
                 layer.batch_select_indices(torch.tensor([5, 0, 3]))
+            assert not ours.memory  # the rows that left take no memory
         if i == 150:
             for layer in (ours, usual):
                 layer.keys = layer.keys[..., 7:, :]

@@ -2,6 +2,8 @@
 
 import json
 import random
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -136,6 +138,14 @@ def test_the_model_of_the_default_settings_is_shipped(monkeypatch):
         solved += solves_countdown(text, **problem)
     assert valid > 30
     assert 0 < solved < 40
+
+
+def test_the_command_takes_no_arguments():
+    process = subprocess.run(
+        [sys.executable, ROOT / "toy.py", "toy.seed=1"], capture_output=True, text=True, timeout=170
+    )
+    assert process.returncode == 2
+    assert process.stderr == "error: python toy.py takes no arguments: it makes recipes/toy-base\n"
 
 
 def test_a_hidden_size_that_cannot_be_split_is_named():

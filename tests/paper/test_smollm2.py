@@ -47,6 +47,6 @@ def test_a_missing_or_wrong_file_is_one_line(in_tmp):
     with pytest.raises(UserError, match="no.gguf: there is no such file"):
         smollm2.main(["no.gguf"])
     Path("wrong.gguf").write_text("x")
-    with pytest.raises(UserError, match="wrong.gguf cannot be read .*pip install gguf"):
+    with pytest.raises(UserError, match="wrong.gguf cannot be read .*docs/real-models.md"):
         smollm2.main(["wrong.gguf"])
     assert not Path("runs/smollm2/model").exists()

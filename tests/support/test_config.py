@@ -20,6 +20,7 @@ from support.config import (
     load_config,
     nest,
     one_line_errors,
+    out_of_memory,
     read_defaults,
     read_run_config,
     split_list,
@@ -119,6 +120,10 @@ def test_how_a_command_ends(monkeypatch, capsys, error, code, line, on_others):
 def test_other_errors_keep_their_traceback():
     with pytest.raises(RuntimeError, match="illegal memory access"), one_line_errors():
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    for error in (OSError(28, "no space left", "/alloc"), KeyError("allocation")):
+        assert out_of_memory(error) == ""
+    for text in ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED when calling ..."):
+        assert out_of_memory(RuntimeError(text)) == "out of memory"
 
 
 def test_a_terminal_that_cannot_show_a_character_does_not_end_the_run():
