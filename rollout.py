@@ -468,8 +468,10 @@ class BlockLayer(DynamicLayer):
         # selecting rows or columns has replaced self.keys by a copy, or by a later part of memory
         replaced = not self.memory or self.memory[0].data_ptr() != self.keys.data_ptr()
         if replaced or stop > self.memory[0].shape[-2]:
-            room = stop + self.BLOCK - start
-            self.memory = [functional.pad(x, (0, 0, 0, room)) for x in (self.keys, self.values)]
+            shape = [*self.keys.shape[:-2], stop + self.BLOCK]
+            self.memory = [x.new_empty(*shape, x.shape[-1]) for x in (self.keys, self.values)]
+            self.memory[0][..., :start, :] = self.keys
+            self.memory[1][..., :start, :] = self.values
         self.memory[0][..., start:stop, :] = key_states
         self.memory[1][..., start:stop, :] = value_states
         self.keys = self.memory[0][..., :stop, :]
