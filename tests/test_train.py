@@ -325,7 +325,7 @@ def test_the_command_ends_a_mistake_with_one_line_and_code_2(tmp_path):
     [
         ("rollout.prefill", "sampling: lower rollout.batch_size"),
         ("scope.entropy_baseline", "rescoring: lower micro_batch_tokens"),
-        ("scope.select_tokens", "the selection: lower prompts_per_step"),
+        ("scope.select_tokens", "the selection: start a new run with a lower prompts_per_step"),
         ("support.optimizer.MasterAdamW.step", "the update: lower micro_batch_tokens"),
         ("support.optimizer.MasterAdamW.shard", "saving a checkpoint: give offload=true"),
         ("support.models.set_stop", "loading: give offload=true"),
