@@ -47,7 +47,7 @@ from support.files import file_name, fingerprint, replace_text
 from support.log import versions
 
 POWERS_OF_2 = [2**i for i in range(20)]
-NO_ANSWER = -1  # in Evaluation.answers
+NO_ANSWER = -1  # in Evaluation.answers: this completion does not vote
 EVALUATION_STEP = -1  # the `step` that seeds evaluations; no training step has this number
 
 # Settings of this command only.
@@ -240,8 +240,10 @@ class Evaluation:
         tokens = self.lengths.sum(axis=1).astype(float)
         distinct = [len(np.unique(row[row != NO_ANSWER])) for row in self.answers]
         metrics = {f"acc@{first_16.shape[1]}": Estimate(first_16.mean(axis=1), one)}
-        for k in [k for k in ks if k <= samples]:
-            metrics[f"pass@{k}"] = Estimate(pass_at_k(samples, self.correct.sum(axis=1), k), one)
+        for k in ks:
+            if k <= samples:
+                values = pass_at_k(samples, self.correct.sum(axis=1), k)
+                metrics[f"pass@{k}"] = Estimate(values, one)
         metrics[f"majority@{samples}"] = Estimate(
             majority_at_k(self.answers, self.correct, samples), one
         )

@@ -89,7 +89,8 @@ REWRITES = [
     (r"(?<=\d),\\!\s*(?=\d{3}(?!\d))", ""),  # 12,\!345
     (r"\\!\s*|(?<!\\)\\[()\[\]]|\\boxedEND|\bRs\.?(?=\s*\d)", ""),
     (
-        r"\\(?:left|right|middle|[bB]igg?[lr]?)END\.?|\\(?:displaystyle|limits|phantom|bf|rm|it)END",
+        r"\\(?:left|right|middle|[bB]igg?[lr]?)END\.?"
+        r"|\\(?:displaystyle|limits|phantom|bf|rm|it)END",
         "",
     ),
     (r"(?:(?<!\\)\\[,;:> ]|~|\\q?quadEND|\s)+", " "),

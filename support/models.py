@@ -210,11 +210,12 @@ def hidden_states(model, tokens: Tensor) -> Tensor:
     gradient. A GPU would lose its fast attention, which takes no mask, and checkpointing has no
     cache.
     """
-    same = (tokens == tokens[0]).all(dim=0)
-    prefix = min(int(same.cumprod(dim=0).sum()), tokens.shape[1] - 1)
+    prefix = 0
     checkpointing = model.training and model.is_activation_checkpointing
-    is_worth_it = prefix >= LONG_PREFIX and len(tokens) > 1 and tokens.device.type == "cpu"
-    if checkpointing or not is_worth_it:
+    if tokens.device.type == "cpu" and len(tokens) > 1 and not checkpointing:
+        same = (tokens == tokens[0]).all(dim=0)
+        prefix = min(int(same.cumprod(dim=0).sum()), tokens.shape[1] - 1)
+    if prefix < LONG_PREFIX:
         return model.base_model(tokens, use_cache=False).last_hidden_state
     cache = DynamicCache(config=model.config)
     settings = cache_argument(model, cache) | {"use_cache": True}

@@ -149,6 +149,14 @@ def test_a_common_beginning_is_read_once(family, tmp_path, monkeypatch):
     assert read[-1] == 31
 
 
+def test_nothing_waits_for_tokens_that_are_not_on_the_cpu():
+    """A comparison of meta tensors cannot be read, and a GPU would have to wait for it."""
+    model = tiny_model()
+    model.base_model.forward = lambda tokens, use_cache: SimpleNamespace(last_hidden_state=tokens)
+    tokens = torch.zeros(5, 31, dtype=torch.long, device="meta")
+    assert models.hidden_states(model, tokens) is tokens
+
+
 def test_bf16_weights_have_fp32_logits(tmp_path):
     model, _ = models.load(folder(tmp_path, "qwen2", chat=False), torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
