@@ -79,6 +79,11 @@ def style_of(row: tuple, rows: dict) -> dict:
     return {"color": color, "label": row_label(row)}
 
 
+def method_style(method: str, methods) -> dict:
+    """Return the color of a method among others."""
+    return {"color": COLORS.get(method, f"C{list(methods).index(method)}")}
+
+
 def legend_below(axis) -> None:
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, frameon=False)
 
