@@ -47,7 +47,6 @@ def select_tokens(
     seed: int,
     forking_fraction: float = 0.2,
     entropy_baseline: Tensor | None = None,
-    alpha_minus_beta: Tensor | None = None,
 ) -> Tensor:
     """Select which of the step's N valid tokens pay the KL penalty.  [N], [N], [N] -> bool [N]
 
@@ -55,8 +54,7 @@ def select_tokens(
     or K at random if the strategy has no score. If there are fewer than K candidates, all are
     selected. Ties are broken at random. Random choices depend on `seed` only, so the same arguments
     give the same selection. Forking tokens are the share `forking_fraction` of tokens with the
-    highest entropy. `entropy_baseline` and `alpha_minus_beta` are only for strategies beyond the
-    paper.
+    highest entropy. `entropy_baseline` is only for the strategy beyond the paper.
 
     This departs from Eq. 13 in one point. Eq. 13 selects every token with s >= the (1 -
     q)-quantile, and when fewer than q N tokens have s > 0 that quantile is 0, so that *all* tokens
@@ -77,8 +75,6 @@ def select_tokens(
     record = STRATEGIES[strategy]
     if record.needs_entropy_baseline and entropy_baseline is None:
         raise ValueError(f"{strategy} needs entropy_baseline: see entropy_change_score")
-    if record.uses_group and alpha_minus_beta is None:
-        raise ValueError(f"{strategy} needs alpha_minus_beta: see group_alpha_minus_beta")
     n = logprobs.numel()
     # One random order of the tokens breaks all ties. It is drawn on the CPU, so every device gets
     # the same order.
@@ -87,9 +83,7 @@ def select_tokens(
     forking = top_k(
         entropy, torch.ones_like(entropy, dtype=torch.bool), round(forking_fraction * n), order
     )
-    tokens = StepTokens(
-        logprobs.detach(), entropy, advantages.detach(), forking, entropy_baseline, alpha_minus_beta
-    )
+    tokens = StepTokens(logprobs.detach(), entropy, advantages.detach(), forking, entropy_baseline)
     if record.fraction is not None:
         fraction = record.fraction
     score = torch.zeros_like(tokens.logprobs)
@@ -110,10 +104,10 @@ def top_k(score: Tensor, candidates: Tensor, k: int, order: Tensor) -> Tensor:
 def kl_divergence(logits: Tensor, reference_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
     """Return the full-vocabulary KL(policy || reference) in nats.  [.., V] -> [..]  Eq. 14
 
-    The sum runs over the whole vocabulary. An estimate from the sampled token (k3, below) would be
-    biased, because that same token decided whether the position was selected. The gradient with
-    respect to logit v is pi(v) (log pi(v)/pi_ref(v) - KL) / temperature; the reference gets no
-    gradient. bf16 logits are converted to fp32.
+    The sum runs over the whole vocabulary. An estimate from the sampled token would be biased,
+    because that same token decided whether the position was selected. The gradient with respect to
+    logit v is pi(v) (log pi(v)/pi_ref(v) - KL) / temperature; the reference gets no gradient. bf16
+    logits are converted to fp32.
     """
     dtype = torch.promote_types(logits.dtype, torch.float32)
     logp = torch.log_softmax(logits.to(dtype) / temperature, dim=-1)
@@ -132,7 +126,6 @@ class StepTokens(NamedTuple):
     advantages: Tensor
     forking: Tensor  # bool: the tokens with the highest entropy
     entropy_baseline: Tensor | None
-    alpha_minus_beta: Tensor | None
 
 
 class Strategy(NamedTuple):
@@ -142,7 +135,6 @@ class Strategy(NamedTuple):
     score: Callable[[StepTokens], Tensor] | None = None  # [N], highest first; None: at random
     fraction: float | None = None  # a fixed share of the tokens, instead of selection.fraction
     needs_entropy_baseline: bool = False  # the sampler has to record entropy_baseline
-    uses_group: bool = False  # the score compares the completions of a group
 
     @property
     def selects(self) -> bool:
@@ -275,18 +267,6 @@ def residual_ratio(probs: Tensor, abs_advantage: Tensor) -> Tensor:
     )
 
 
-def k3(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
-    """Return Schulman's one-sample estimate of the KL, exp(d) - d - 1.  [n] -> [n]
-
-    Here d = log pi_ref(y) - log pi(y). Training does not use it; the tests show why. Its mean over
-    y ~ pi is KL(pi || pi_ref), but the mean of its gradient is that of the *other* direction,
-    KL(pi_ref || pi). On tokens selected by what was sampled, even its mean is wrong.
-    """
-    # Without the clamp, one token with near-zero policy probability would overflow exp().
-    difference = (reference_logprobs.detach() - logprobs).clamp(max=10)
-    return difference.exp() - difference - 1
-
-
 # ---------------------------------------------------------------- beyond the paper
 
 
@@ -314,49 +294,6 @@ def entropy_change_score(
     return (advantages * (logprobs.exp() * (logprobs + entropy) - entropy_baseline)).clamp(min=0)
 
 
-def group_alpha_minus_beta(
-    tokens: Tensor, mask: Tensor, advantages: Tensor, group_size: int
-) -> tuple[Tensor, Tensor]:
-    """Estimate alpha - beta, the unknown factor in R, from the group.  Eq. 9, A.12
-
-    R = (1 - 2p) p (1 - p) (alpha - beta). The siblings of a token are the completions of the same
-    group that are equal to its completion before this position; that completion is one of them.
-    alpha is the mean of max(A, 0) over the siblings that continue with the same token, beta over
-    those that continue with another one. tokens and mask [B, C], advantages [B]. Returns
-    alpha - beta [B, C], which is 0 where no sibling continues with another token, and
-    branching [B, C], bool: where one does.
-    """
-    tokens = tokens.view(-1, group_size, tokens.shape[1])
-    mask = mask.view(-1, group_size, mask.shape[1])
-    both_valid = mask[:, :, None] & mask[:, None]  # [problems, G, G, C]
-    same_token = (tokens[:, :, None] == tokens[:, None]) & both_valid
-    start = torch.ones_like(same_token[..., :1])
-    same_before = torch.cat([start, same_token[..., :-1]], dim=-1).long().cumprod(dim=-1).bool()
-    positive = advantages.clamp(min=0).view(-1, 1, group_size, 1)
-
-    def mean_over(siblings: Tensor) -> Tensor:
-        return (positive * siblings).sum(dim=2) / siblings.sum(dim=2).clamp(min=1)
-
-    together = same_before & same_token
-    apart = same_before & both_valid & ~same_token
-    branching = apart.any(dim=2)
-    alpha_minus_beta = (mean_over(together) - mean_over(apart)) * branching
-    return alpha_minus_beta.flatten(0, 1), branching.flatten(0, 1)
-
-
-def residual_score(probs: Tensor, advantages: Tensor, alpha_minus_beta: Tensor) -> Tensor:
-    """Score tokens by (L + R) / 2, with R estimated and at least 0.  [N]
-
-    That is p (1 - p) ([A]+ + (1 - 2p) (alpha - beta) / 2).
-    """
-    residual = probs * (1 - probs) * (1 - 2 * probs) * alpha_minus_beta / 2
-    return (redistribution_score(probs, advantages) + residual).clamp(min=0)
-
-
-def step_residual_score(tokens: StepTokens) -> Tensor:
-    return residual_score(tokens.logprobs.exp(), tokens.advantages, tokens.alpha_minus_beta)
-
-
 def step_entropy_change(tokens: StepTokens) -> Tensor:
     return entropy_change_score(
         tokens.logprobs, tokens.entropy, tokens.advantages, tokens.entropy_baseline
@@ -364,12 +301,9 @@ def step_entropy_change(tokens: StepTokens) -> Tensor:
 
 
 STRATEGIES |= {
-    "residual": Strategy(
-        lambda tokens: step_residual_score(tokens) > 0, step_residual_score, uses_group=True
-    ),
     "entropy_change": Strategy(
         lambda tokens: step_entropy_change(tokens) > 0,
         step_entropy_change,
         needs_entropy_baseline=True,
-    ),
+    )
 }

@@ -219,10 +219,6 @@ def select(
         "advantages": current.advantages[:, None].expand_as(mask),
         "old_logprobs": rollout.logprobs,
     }
-    if scope.STRATEGIES[config.selection.strategy].uses_group:
-        columns["alpha_minus_beta"], columns["branching"] = scope.group_alpha_minus_beta(
-            current.tokens, mask, current.advantages, config.group_size
-        )
     of_this_rank = torch.stack([column[mask].float() for column in columns.values()], dim=1)
     tokens = dict(zip(columns, world.gather(of_this_rank).unbind(dim=1)))  # each [N]
     selected = scope.select_tokens(
@@ -234,7 +230,6 @@ def select(
         entropy=tokens["entropy"],
         advantages=tokens["advantages"],
         entropy_baseline=tokens["entropy_baseline"],
-        alpha_minus_beta=tokens.get("alpha_minus_beta"),
     )
     token_mask = OBJECTIVES[config.objective].token_mask(tokens, config, seed)
     counts = world.gather(torch.tensor([len(of_this_rank)], device=mask.device)).tolist()
@@ -357,10 +352,7 @@ class MicroBatchLoss(torch.nn.Module):
             states = reference.states_of(batch.rows)
             kl = grpo.in_chunks(kl_of, selected_hidden, states, size=config.logits_chunk)
             kl = kl.sum() / num_selected
-            scale = 1.0
-            if config.selection.normaliser == "tokens":
-                scale = num_selected / num_tokens
-            loss = loss + config.selection.kl_coef * scale * kl
+            loss = loss + config.selection.kl_coef * kl
 
         clipped = grpo.clipped(logprobs, old_logprobs, batch.advantages, **self.clip)
         change = logprobs.detach() - batch.old_logprobs
@@ -489,9 +481,6 @@ def selection_metrics(
         metrics["selection/shortfall"] = (
             round(config.selection.fraction * len(selected)) - selected.sum()
         )
-    if "branching" in tokens:
-        # share of tokens at which another completion of the group continues differently
-        metrics["selection/branching"] = tokens["branching"].mean()
     if selected.any():
         metrics |= {
             "selection/p": tokens["logprobs"][selected].exp().mean(),

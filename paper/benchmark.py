@@ -3,13 +3,11 @@
     python -m paper.benchmark step       # a step of GRPO, of SCOPE, and with the KL on all tokens
     python -m paper.benchmark memory     # an update with 151,936 words, in chunks and at once
     python -m paper.benchmark rollout    # tokens per second against a bare `generate`
-    python -m paper.benchmark decode     # kernels and bytes of a decoded token; needs no GPU
     python -m paper.benchmark peer       # against a step of TRL's GRPOTrainer (pip install trl)
 
 Settings of config.yaml can follow: with steps=40, `step` and `peer` time 40 steps.
 """
 
-import contextlib
 import copy
 import dataclasses
 import math
@@ -20,23 +18,19 @@ import time
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from unittest.mock import patch
 
 import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Qwen2Config
 
 import data
 from paper.one_step import draw_step
 from rewards import is_correct
-from rollout import Rollout, StatelessSampler, sample
+from rollout import Rollout, sample
 from support.config import flatten, load_config, lookup, nest, one_line_errors, require, show_help
 from support.distributed import World, start
 from support.log import versions
-from support.models import use_fp32_logits
 from train import MicroBatchLoss, Run, set_up, update
 
 # ---------------------------------------------------------------- measuring
@@ -256,90 +250,9 @@ def rollouts(config, world: World) -> None:
         )
 
 
-# ---------------------------------------------------------------- decode
-
-QWEN2_7B = Qwen2Config(
-    vocab_size=152_064,
-    hidden_size=3584,
-    intermediate_size=18_944,
-    num_hidden_layers=28,
-    num_attention_heads=28,
-    num_key_value_heads=4,
-    tie_word_embeddings=False,
-)
-
-
-class Enough(Exception):
-    """Ends the count."""
-
-
-class KernelCount(TorchDispatchMode):
-    """Counts kernels, the bytes that they read and write, and waits for a value on the host."""
-
-    def __init__(self):
-        super().__init__()
-        self.total = np.zeros(3)
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function is torch.ops.aten._local_scalar_dense.default:
-            self.total[2] += 1
-            return 0  # "no row has finished", "there is padding"
-        result = function(*args, **(kwargs or {}))
-        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-        outputs = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
-        storages = {x.untyped_storage()._cdata for x in inputs}
-        is_view = any(x.untyped_storage()._cdata in storages for x in outputs)
-        if function is torch.ops.aten.embedding.default:
-            inputs = outputs  # it reads only the rows that it writes
-        if function._schema.is_mutable or not is_view and "empty" not in function.name():
-            self.count(*inputs, *outputs)
-        return result
-
-    def count(self, *tensors):
-        sizes = [min(x.nbytes, x.untyped_storage().nbytes()) for x in tensors]
-        self.total += [1, sum(sizes), 0]
-
-    def attention(self, query, key, value, mask=None, **settings):
-        """Count attention as the one kernel that it is on a GPU."""
-        output = torch.empty_like(query)
-        self.count(query, key, value, output)
-        return output
-
-
-def decode(config, world: World) -> None:
-    """Count what a token of 128 rows costs at Qwen2.5-7B's shape, after 1,000 tokens."""
-    counts = []
-    mode = KernelCount()
-
-    class Counted(StatelessSampler):
-        def __call__(self, *arguments):
-            scores = super().__call__(*arguments)
-            counts.append(mode.total.copy())
-            if len(counts) == 3:
-                raise Enough
-            return scores
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(QWEN2_7B, dtype=torch.bfloat16)
-    use_fp32_logits(model)
-    attention = "torch.nn.functional.scaled_dot_product_attention"
-    with (
-        contextlib.suppress(Enough),
-        patch("rollout.StatelessSampler", Counted),
-        patch(attention, mode.attention),
-        patch("torch.autocast", lambda *arguments, **named: contextlib.nullcontext()),
-        mode,
-    ):
-        ours(model, [[7] * 1000] * 128)
-    kernels, size, waits = counts[2] - counts[1]
-    print(
-        f"  a token: {kernels:,.0f} kernels, {size / 1e9:.1f} GB, {waits:.0f} wait(s) of the host"
-    )
-
-
 # ---------------------------------------------------------------- the command
 
-BENCHMARKS = {"step": step, "memory": memory, "rollout": rollouts, "decode": decode, "peer": peer}
+BENCHMARKS = {"step": step, "memory": memory, "rollout": rollouts, "peer": peer}
 
 
 def main(arguments: list[str]) -> None:

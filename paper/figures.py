@@ -2,8 +2,8 @@
 
     python -m paper.figures runs/a runs/b      # training curves, to training_curves.png
 
-`runs` are lines of runs.jsonl, as in paper.tables; a section (with or without a verifier) is a
-column of panels. matplotlib is imported only when something is drawn; `plot` is matplotlib.pyplot.
+`runs` are lines of runs.jsonl, as in paper.tables. matplotlib is imported only when something is
+drawn; `plot` is matplotlib.pyplot.
 """
 
 import sys
@@ -12,14 +12,14 @@ from pathlib import Path
 import numpy as np
 
 from paper.tables import (
-    base_row,
-    best_strengths,
-    differences,
-    files_and_metrics,
-    group_by_row,
-    over_seeds,
-    row_label,
-    t_test,
+    choose,
+    interval,
+    mean_metric,
+    pass_values,
+    reported,
+    settings_of,
+    test_files,
+    validation_metrics,
 )
 from support.config import one_line_errors, require
 from support.files import read_jsonl
@@ -31,9 +31,17 @@ STYLE = {
     "axes.axisbelow": True,
     "grid.alpha": 0.3,
 }
-TITLES = {"RLVR": "RLVR, with a verifier", "RLIF": "RLIF, without a verifier"}
-COLORS = {"base model": "darkgray", "GRPO": "black", "INTUITOR": "black", "SCOPE": "royalblue"}
-MARKERS = "*os^vD<>pPXh"
+COLORS = {
+    "base model": "darkgray",
+    "GRPO": "black",
+    "SCOPE": "royalblue",
+    "Uniform": "orange",
+    "Forking": "green",
+    "KL-Cov": "crimson",
+    "entropy change": "purple",
+    "all tokens": "saddlebrown",
+    "Non-Forking": "hotpink",
+}
 
 
 def picture(path: Path, draw, content) -> str:
@@ -52,136 +60,103 @@ def picture(path: Path, draw, content) -> str:
     return f"written: {path}"
 
 
-def panels(plot, runs: list[dict], count: int = 1) -> tuple:
-    """Make a figure with a column of panels for each section.
-
-    Returns the figure, and a list of (panels, rows of the section, the base model's first).
-    """
-    sections = list(dict.fromkeys(run["section"] for run in runs))
-    size = (11, 2 + 3 * count)
-    figure, axes = plot.subplots(
-        count, len(sections), figsize=size, squeeze=False, layout="constrained"
-    )
-    seeds = len({run["seed"] for run in runs})
-    figure.supxlabel(f"95 % intervals over {seeds} seeds (Student)", fontsize=9)
-    columns = []
-    for column, section in zip(axes.T, sections):
-        column[0].set_title(TITLES[section])
-        columns.append((column, base_row(runs) | group_by_row(runs, section)))
-    return figure, columns
-
-
-def style_of(row: tuple, rows: dict) -> dict:
-    """Return color and label of a row of a panel; a row "X + SCOPE" has the color of X."""
-    methods = list(dict.fromkeys(label.removesuffix(" + SCOPE") for label, _ in rows))
-    method = row[0].removesuffix(" + SCOPE")
-    color = COLORS.get(method, f"C{methods.index(method)}")
-    return {"color": color, "label": row_label(row)}
-
-
-def method_style(method: str, methods) -> dict:
+def color_of(method: str, methods) -> str:
     """Return the color of a method among others."""
-    return {"color": COLORS.get(method, f"C{list(methods).index(method)}")}
+    return COLORS.get(method) or f"C{list(methods).index(method)}"
 
 
-def legend_below(axis) -> None:
-    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, frameon=False)
+def legend_below(figure, axis) -> None:
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=8)
 
 
-def draw_band(axis, x: list, points: list[tuple], style: dict) -> None:
-    """Draw a line through the means of points (mean, half), and the band mean ± half."""
-    means, halves = np.array(points).T
-    axis.plot(x, means, marker=".", **style)
-    axis.fill_between(x, means - halves, means + halves, color=style["color"], alpha=0.18)
+# ---------------------------------------------------------------- pictures of a study
 
 
-# ---------------------------------------------------------------- the paper's figures
+def settings_picture(plot, runs: list[dict]):
+    """Draw every setting on the validation problems: Pass@1 against Pass@k, both over d_collapse.
 
-
-def bars(plot, runs: list[dict]):
-    """Draw a bar per row for Pass@1 on each file (Figure 2), pale if "+ SCOPE" is beside it."""
-    files, _ = files_and_metrics(runs)
-    figure, columns = panels(plot, runs)
-    for (axis,), rows in columns:
-        width = 0.8 / len(rows)
-        for i, (row, by_seed) in enumerate(rows.items()):
-            points = [over_seeds(by_seed, ("trained", file, "pass@1")) for file in files]
-            means, halves = np.array(points).T
-            x = np.arange(len(files)) + i * width
-            alpha = 0.3 if (f"{row[0]} + SCOPE", None) in rows else 1.0
-            axis.bar(x, means, 0.9 * width, alpha=alpha, **style_of(row, rows))
-            axis.errorbar(x, means, halves, fmt="none", ecolor="dimgray", capsize=2)
-        axis.set_xticks(np.arange(len(files)) + 0.4 - width / 2, files)
-        axis.set_ylabel("held-out Pass@1")
-        axis.set_ylim(bottom=0)  # an interval may reach below
-        legend_below(axis)
-    return figure
-
-
-def over_shares(plot, runs: list[dict]):
-    """Draw Pass@1 and the largest Pass@k against the share of tokens that paid (Figure 1).
-
-    The share is less than was asked for if too few tokens have a score above 0.
+    The choice of each method is a large point.
     """
-    files, metrics = files_and_metrics(runs)
-    figure, columns = panels(plot, runs, 2)
-    for axes, rows in columns:
-        for axis, metric in zip(axes, (metrics[0], metrics[-1])):
-            path = ("trained", files[0], metric)
-            for form in dict.fromkeys(label for label, _ in rows):
-                of_form = [by_seed for row, by_seed in rows.items() if row[0] == form]
-                points = [over_seeds(by_seed, path) for by_seed in of_form]
-                if (form, None) in rows:  # without a penalty: a horizontal line
-                    x = [1, 100]
-                    points *= 2
-                else:
-                    fraction = ("training", "selection/fraction")
-                    x = [100 * over_seeds(by_seed, fraction)[0] for by_seed in of_form]
-                draw_band(axis, x, points, style_of((form, None), rows))
-            axis.set_xscale("log")
-            ticks = [1, 2, 5, 10, 20, 50, 100]
-            axis.set_xticks(ticks, ticks)
-            axis.set(xlabel="% of tokens that pay", ylabel=f"{metric.title()}, {files[0]}")
-        legend_below(axes[-1])
+    settings = settings_of(runs)
+    one, largest, _, collapse = validation_metrics(settings)
+    pairs = ((one, largest), (collapse, one), (collapse, largest))
+    figure, axes = plot.subplots(1, len(pairs), figsize=(13, 4.6), layout="constrained")
+    choices = choose(runs)
+    for setting, rows in settings.items():
+        style = {"color": color_of(setting[0], choices), "s": 14, "alpha": 0.35, "linewidths": 0}
+        if setting in choices.values():
+            style |= {"s": 90, "alpha": 1.0, "label": setting[0], "edgecolors": "black"}
+            style |= {"linewidths": 1.0, "zorder": 3}
+        for axis, (x, y) in zip(axes, pairs):
+            axis.scatter(mean_metric(rows, x), mean_metric(rows, y), **style)
+            axis.set(xlabel=x, ylabel=y)
+    legend_below(figure, axes[0])
     return figure
 
 
-def frontier(plot, runs: list[dict]):
-    """Draw Pass@1 against the largest Pass@k: a point per selection at its best λ (Table 1)."""
-    files, metrics = files_and_metrics(runs)
-    figure, columns = panels(plot, runs)
-    for (axis,), rows in columns:
-        best = best_strengths(rows)
-        for marker, (row, by_seed) in zip(MARKERS, best.items()):
-            x, across = over_seeds(by_seed, ("trained", files[0], "pass@1"))
-            y, up = over_seeds(by_seed, ("trained", files[0], metrics[-1]))
-            axis.errorbar(x, y, up, across, fmt=marker, elinewidth=0.8, **style_of(row, best))
-        axis.set(xlabel=f"Pass@1, {files[0]}", ylabel=f"{metrics[-1].title()}, {files[0]}")
-        legend_below(axis)
-    return figure
+def draw_band(axis, x: list, values: list[np.ndarray], color: str, label: str) -> None:
+    """Draw a line through the means of values [S, P], and the band of their intervals."""
+    means, lows, highs = np.array([interval(value) for value in values]).T
+    axis.plot(x, means, marker=".", color=color, label=label)
+    axis.fill_between(x, lows, highs, color=color, alpha=0.15, linewidth=0)
 
 
 def pass_at_k(plot, runs: list[dict]):
-    """Draw Pass@k, and below it the last row minus the one before it (Figures 3 and 4)."""
-    files, metrics = files_and_metrics(runs)
-    ks = [int(metric.removeprefix("pass@")) for metric in metrics]
-    paths = [("trained", files[0], metric) for metric in metrics]
-    figure, columns = panels(plot, runs, 2)
-    for (above, below), rows in columns:
-        for row, by_seed in rows.items():
-            points = [over_seeds(by_seed, path) for path in paths]
-            draw_band(above, ks, points, style_of(row, rows))
-        *_, first, second = rows
-        gaps = [t_test(differences(rows[second], rows[first], path))[:2] for path in paths]
-        draw_band(below, ks, gaps, style_of(second, rows))
-        below.set_title(f"{row_label(second)} − {row_label(first)}, seed by seed")
-        below.axhline(0, color="black")
+    """Draw Pass@k of GRPO and SCOPE on every test file, and below their difference (Figure 3)."""
+    methods = reported(runs)
+    grpo, scope = methods["GRPO"], methods["SCOPE"]
+    files = test_files(runs)
+    figure, axes = plot.subplots(
+        2, len(files), figsize=(1 + 3.2 * len(files), 6), squeeze=False, layout="constrained"
+    )
+    rows = {"base model": ("base", grpo), "GRPO": ("trained", grpo), "SCOPE": ("trained", scope)}
+    for (above, below), file in zip(axes.T, files):
+        ks = [2**i for i in range(7) if 2**i <= max(files[file])]
+        for label, (model, of_method) in rows.items():
+            values = [pass_values(of_method, file, model, k) for k in ks]
+            draw_band(above, ks, values, COLORS[label], label)
+        gaps = []
+        for k in ks:
+            of_scope = pass_values(scope, file, "trained", k)
+            gaps.append(of_scope - pass_values(grpo, file, "trained", k))
+        draw_band(below, ks, gaps, COLORS["SCOPE"], "SCOPE")
+        below.axhline(0, color="black", linewidth=1)
+        above.set(title=file, ylabel="Pass@k")
+        below.set(ylabel="SCOPE − GRPO", xlabel="k")
         for axis in (above, below):
             axis.set_xscale("log", base=2)
             axis.set_xticks(ks, ks)
-            axis.set(xlabel="k", ylabel=f"Pass@k, {files[0]}")
-        above.legend()
+    legend_below(figure, axes[0, 0])
     return figure
+
+
+def curves_picture(plot, runs: list[dict]):
+    """Draw accuracy and entropy of the training completions over the steps, means over seeds."""
+    methods = reported(runs)
+    figure, axes = plot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for axis, name in zip(axes, ("reward/accuracy", "entropy")):
+        for method, of_method in methods.items():
+            curve = np.mean([run["curves"][name] for run in of_method], axis=0)
+            smooth = max(1, len(curve) // 20)  # of which the mean is drawn
+            means = curve[: len(curve) // smooth * smooth].reshape(-1, smooth).mean(axis=1)
+            x = (np.arange(len(means)) + 0.5) * smooth
+            axis.plot(x, means, color=color_of(method, methods), label=method)
+        axis.set(xlabel="step", title=name)
+    legend_below(figure, axes[0])
+    return figure
+
+
+def pictures_of(runs: list[dict]) -> dict:
+    """Return {file name: function that draws it} of a study."""
+    drawings = {}
+    if any(run["stage"] == "tuning" for run in runs):
+        drawings["settings.png"] = settings_picture
+    methods = reported(runs)
+    if methods:
+        drawings["curves.png"] = curves_picture
+    if {"GRPO", "SCOPE"} <= methods.keys():
+        drawings["pass_at_k.png"] = pass_at_k
+    return drawings
 
 
 # ---------------------------------------------------------------- training curves

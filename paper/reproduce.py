@@ -1,22 +1,24 @@
-"""Reproduce the paper's tables and figures by running train.py as often as they need.
+"""Reproduce the paper's comparisons: every method is tuned alike, then run on other seeds.
 
-    python -m paper.reproduce figure2                  # GRPO against SCOPE on 10 seeds
-    python -m paper.reproduce table1 seeds=5 jobs=2    # all selections, two runs at a time
-    python -m paper.reproduce all                      # everything, in the order of EXPERIMENTS
-    python -m paper.reproduce tables                   # only write tables and pictures anew
-    python -m paper.reproduce figure2 recipe=recipes/qwen2.5-7b.yaml data=math/train.jsonl \\
-        evaluation.data=[gsm8k,math500,amc] ranks=4 out=results/7b    # a real model, on GPUs
+    python -m paper.reproduce toy jobs=2         # the toy model; a seed draws everything
+    python -m paper.reproduce smollm2 jobs=2     # a real language model; see docs/real-models.md
+    python -m paper.reproduce tables             # only write the tables and pictures anew
 
-Other key=value arguments go to every run. The results are OUT/WHAT/runs.jsonl (one line per run),
-table.md and figure.png, where OUT is out= and by default results/. The same command again
-continues: a finished run is never repeated, and an unfinished one is resumed. So runs whose lines
-are in results/ are done again, or with other settings, only under another out=. Without a recipe
-the columns are held-out Countdown problems: with 4 numbers, as in training, with 3, with 5, and
-with larger ones.
+A study is an entry of STUDIES. Each method is trained at every rate and lambda on the tuning seeds,
+and evaluated on validation problems at some steps. The rate, lambda and step with the highest mean
+Pass@1 there are its choice, and those with the highest Pass@16 another. Then the choices are
+trained on other seeds and evaluated on the test problems. A study without tuning seeds has one
+setting, and its methods may change it.
+
+Each run is a line of OUT/STUDY/runs.jsonl, where OUT is out= and by default results/; table.md and
+the pictures lie beside it. The same command again continues: a finished run is not repeated, and an
+unfinished one is resumed. Other key=value arguments go to every run.
 """
 
 import json
 import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -29,217 +31,276 @@ from tqdm import tqdm
 
 from data import countdown
 from paper import figures
-from paper.tables import BASELINE, experiment_page, summarise_run
+from paper.tables import CHOSEN_BY, choose, page
 from support.config import (
     RunError,
-    flatten,
     load_config,
+    lookup,
     one_line_errors,
     read_run_config,
     require,
     show_help,
-    split_list,
 )
 from support.files import lock, read_jsonl, replace_text
 from support.log import FREE_ON_RESUME, versions
 
 SETTINGS = {
-    "seeds": 0,  # 0: as many as the experiment has
     "jobs": 1,  # runs at the same time; with GPUs, each uses `ranks` of them
     "ranks": 1,  # processes of each run
-    # lambda if the experiment does not vary it; chosen on seeds that are not reported
-    "rlvr_lambda": 0.03,
-    "rlif_lambda": 0.3,
     "out": "results",
 }
 
-# ---------------------------------------------------------------- what the paper's names stand for
 
-PARADIGMS = {"RLVR": "accuracy", "RLIF": "self_certainty"}  # the reward
-SELECTIONS = {
-    "Uniform": "uniform",
-    "Positive-Adv.": "positive",
-    "Forking": "forking",
-    "Fork + Adv.": "forking_positive",
-    "Non-Forking": "non_forking",
-    "KL-Cov": "covariance",
-    "SCOPE": "scope",
-    "all tokens": "all",  # this and the next two are not the paper's
-    "SCOPE + residual": "residual",
-    "entropy change": "entropy_change",
-}
-LAMBDAS = (0.01, 0.03, 0.1, 0.3)
-SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+class Study(NamedTuple):
+    """Describes what is compared, and how it is tuned."""
+
+    overrides: str  # of every run; {seed} is filled in
+    test: str  # of the runs that are reported
+    methods: dict[str, str]  # label -> overrides
+    rates: tuple  # of methods without a penalty
+    stops: tuple  # training steps after which the model is evaluated
+    seeds: tuple
+    # what chooses the settings
+    tuning: str = ""  # of these runs
+    tuning_seeds: tuple = ()
+    penalised_rates: tuple = ()
+    coefs: tuple = ()  # lambda, for methods with a penalty
+
+
 METHODS = {
-    "RLVR": {
-        "Forking RL": "objective=forking_rl",
-        "Div": "objective=div",
-        # its penalty is to the policy that sampled
-        "KL-Cov": "objective=kl_cov updates_per_rollout=2",
-        "Clip-Cov": "objective=clip_cov",
-    },
-    "RLIF": {
-        "Self-Certainty": "reward=self_certainty",
-        "Tok-Entropy": "reward=token_entropy",
-        "Traj-Entropy": "reward=trajectory_likelihood",
-        "EM-RL token": "reward=trajectory_entropy",
-    },
+    "GRPO": "selection.strategy=none",
+    "SCOPE": "selection.strategy=scope",
+    "Uniform": "selection.strategy=uniform",
+    "Forking": "selection.strategy=forking",
+    "KL-Cov": "selection.strategy=covariance",
+    "entropy change": "selection.strategy=entropy_change",
+    "all tokens": "selection.strategy=all",
+    "Non-Forking": "selection.strategy=non_forking",
+}
+SCOPE = "selection.strategy=scope selection.kl_coef=0.1"  # as it was tuned in the study `toy`
+OBJECTIVES = {
+    "GRPO": "objective=grpo",
+    "GRPO, two updates": "updates_per_rollout=2",
+    "Forking RL": "objective=forking_rl",
+    "Div": "objective=div",
+    "KL-Cov, two updates": "objective=kl_cov updates_per_rollout=2",
+    "Clip-Cov": "objective=clip_cov",
+}
+
+TOY = Study(
+    # a seed draws the problems, the base model, the order, the samples and the evaluation
+    overrides="data=runs/toy/train-{seed}.jsonl toy.seed={seed} evaluation.seed={seed} "
+    "seed={seed} optimizer.schedule=constant save_every=50 keep=1",
+    test="evaluation.data=[runs/toy/4-numbers.jsonl,runs/toy/3-numbers.jsonl,"
+    "runs/toy/5-numbers.jsonl,runs/toy/larger.jsonl] evaluation.problems=300 "
+    "evaluation.samples=128 evaluation.every=0",
+    methods=METHODS,
+    rates=(5e-5, 1e-4, 2e-4),
+    stops=(50, 100, 200),
+    seeds=(0, 1, 2, 3, 4),
+    tuning="evaluation.data=runs/toy/validation.jsonl evaluation.samples=64 "
+    "evaluation.samples_between=64 evaluation.every=50",
+    tuning_seeds=(1000, 1001),
+    penalised_rates=(5e-5, 1e-4, 2e-4),
+    coefs=(0.03, 0.1, 0.3, 1.0),
+)
+# SCOPE's setting in `toy`, on fewer seeds
+TOY_ONCE = TOY._replace(rates=(5e-5,), stops=(200,), seeds=(0, 1, 2), tuning_seeds=())
+TOY_PAIR = TOY_ONCE._replace(methods={"GRPO": METHODS["GRPO"], "SCOPE": SCOPE})
+
+
+def with_scope() -> dict[str, str]:
+    """Return every objective alone, and with SCOPE's penalty (Table 2)."""
+    methods = {}
+    for name, overrides in OBJECTIVES.items():
+        methods[name] = f"{overrides} selection.strategy=none"
+        methods[f"{name} + SCOPE"] = f"{overrides} {SCOPE}"
+    return methods
+
+
+def shares() -> dict[str, str]:
+    """Return SCOPE with several shares q of tokens that pay, at two λ, and GRPO (Figure 1)."""
+    methods = {"GRPO": METHODS["GRPO"]}
+    for coef in (0.1, 0.3):
+        for share in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0):
+            strategy = "scope" if share < 1 else "all"
+            methods[f"λ = {coef:g}, q = {100 * share:g} %"] = (
+                f"selection.strategy={strategy} selection.fraction={share} selection.kl_coef={coef}"
+            )
+    return methods
+
+
+def some(*names: str) -> dict[str, str]:
+    return {name: METHODS[name] for name in names}
+
+
+STUDIES = {
+    "smollm2": Study(
+        overrides="recipe=recipes/smollm2-135m.yaml seed={seed} save_every=5 keep=1",
+        test="evaluation.data=runs/smollm2/test.jsonl evaluation.problems=100 "
+        "evaluation.samples=64 evaluation.every=0",
+        methods=some("GRPO", "SCOPE", "Uniform", "KL-Cov", "entropy change"),
+        rates=(5e-6, 1e-5),
+        stops=(20, 40),
+        seeds=(0, 1, 2),
+        tuning="evaluation.data=runs/smollm2/validation.jsonl evaluation.problems=50 "
+        "evaluation.samples=16 evaluation.samples_between=16 evaluation.every=20",
+        tuning_seeds=(1000,),
+        penalised_rates=(1e-5,),  # GRPO's choice; a run takes 20 minutes or more
+        coefs=(0.1, 0.3, 1.0),
+    ),
+    "toy": TOY,
+    "rlif": TOY._replace(  # without a verifier
+        overrides=f"{TOY.overrides} reward=self_certainty",
+        methods=some("GRPO", "SCOPE", "Uniform"),
+        rates=(2e-5, 5e-5),
+        stops=(25, 50, 100),
+        tuning=TOY.tuning.replace("every=50", "every=25"),
+        penalised_rates=(2e-5, 5e-5),
+        coefs=(0.1, 0.3, 1.0),
+    ),
+    "table2": TOY_ONCE._replace(methods=with_scope()),
+    "figure1": TOY_ONCE._replace(methods=shares()),
+    # Appendix C.2: the size of the model
+    "small": TOY_PAIR._replace(overrides=f"{TOY.overrides} toy.hidden=48 toy.layers=2"),
+    "large": TOY_PAIR._replace(overrides=f"{TOY.overrides} toy.hidden=192 toy.layers=4"),
+    # Appendix D.1: how long the base model was trained
+    "short": TOY_PAIR._replace(overrides=f"{TOY.overrides} toy.updates=600"),
+    "long": TOY_PAIR._replace(overrides=f"{TOY.overrides} toy.updates=3000"),
+    # Appendix D.2: what the base model does not solve in many samples
+    "boundary": TOY_PAIR._replace(
+        test="evaluation.data=runs/toy/4-numbers.jsonl evaluation.problems=300 "
+        "evaluation.samples=1024 evaluation.every=0"
+    ),
+    # A study for GPUs, which was never run: docs/real-models.md
+    "qwen2.5-1.5b": Study(
+        overrides="recipe=recipes/qwen2.5-1.5b.yaml seed={seed} keep=1",
+        test="evaluation.data=[math500,gsm8k,aime24] evaluation.samples=16",
+        methods=METHODS,
+        rates=(1e-6, 3e-6),
+        stops=(60, 117),
+        seeds=(0, 1, 2),
+        tuning="evaluation.data=auto evaluation.problems=200 evaluation.samples=16 "
+        "evaluation.samples_between=16 evaluation.every=30",
+        tuning_seeds=(1000,),
+        penalised_rates=(1e-6, 3e-6),
+        coefs=(0.03, 0.1, 0.3),
+    ),
 }
 
 
-class Row(NamedTuple):
-    """Describes a line of a table: its label, the name of its runs, and their settings.
+def write_toy_problems(folder: Path) -> None:
+    """Write the toy's problems: 64 to train on for each seed, to choose settings, and to test.
 
-    Rows of different experiments that train the same have the same name, and share runs.
+    The test problems are of the kind that is trained on and of three other kinds. No file has a
+    problem of another one.
     """
-
-    label: str
-    name: str
-    overrides: str
-    strength: float | None = None  # lambda, or the share of selected tokens
-
-
-def figure2(section: str, coef: float) -> list:
-    """List the rows of Figure 2: the baseline and SCOPE (Section 4.4)."""
-    baseline = BASELINE[section]
-    return [
-        Row(baseline, baseline, "selection.strategy=none"),
-        Row("SCOPE", f"SCOPE-{coef:g}", "selection.strategy=scope"),
-    ]
-
-
-def table1(section: str, coef: float) -> list:
-    """List the rows of Table 1: each selection of tokens at several lambda (Section 4.2)."""
-    rows = figure2(section, coef)[:1]
-    for value in LAMBDAS:
-        for label, strategy in SELECTIONS.items():
-            overrides = f"selection.strategy={strategy} selection.kl_coef={value}"
-            rows.append(Row(label, f"{label}-{value}", overrides, value))
-    return rows
-
-
-def figure1(section: str, coef: float) -> list:
-    """List the rows of Figure 1: several shares of tokens that pay the penalty (Section 4.1).
-
-    lambda weights the mean over the selected tokens (Eq. 15), or every token alike. At 100 % all
-    tokens pay. Below, only tokens with a score above 0 can, which are about a third of all.
-    """
-    rows = figure2(section, coef)[:1]
-    constant = coef / 0.05  # at q = 5 % the two forms are the same
-    for share in SHARES:
-        strategy = "scope" if share < 1 else "all"
-        mean = f"selection.strategy={strategy} selection.fraction={share}"
-        name = f"SCOPE-{coef:g}" if share == 0.05 else f"mean-{coef:g}-q{share:g}"
-        rows.append(Row("mean over the selected", name, mean, share))
-        each = f"{mean} selection.kl_coef={constant:g} selection.normaliser=tokens"
-        name = f"constant-{constant:g}-q{share:g}"
-        rows.append(Row("constant for a token", name, each, share))
-    return rows
-
-
-def table2(section: str, coef: float) -> list:
-    """List the rows of Table 2: other objectives and rewards, with and without SCOPE (4.3)."""
-    rows = []
-    for label, overrides in METHODS[section].items():
-        names = [label, f"{label} + SCOPE-{coef:g}"]
-        if label == "Self-Certainty":
-            names = ["INTUITOR", f"SCOPE-{coef:g}"]
-        rows.append(Row(label, names[0], f"{overrides} selection.strategy=none"))
-        rows.append(Row(f"{label} + SCOPE", names[1], f"{overrides} selection.strategy=scope"))
-    return rows
-
-
-class Experiment(NamedTuple):
-    """Describes one table or figure."""
-
-    rows: object  # the function that lists its rows
-    draw: object
-    seeds: int = 5
-    references: tuple = ("baseline",)  # what rows are compared with, see tables.comparisons
-    runs_of: str = ""  # the experiment whose runs it shows
-
-
-EXPERIMENTS = {
-    "figure1": Experiment(figure1, figures.over_shares, references=("baseline", "q = 5 %")),
-    "figure2": Experiment(figure2, figures.bars, seeds=10),
-    "table1": Experiment(table1, figures.frontier, references=("baseline", "SCOPE")),
-    "table2": Experiment(table2, figures.bars, references=("alone",)),
-    "figure3": Experiment(figure2, figures.pass_at_k, runs_of="figure2"),
-    "table4": Experiment(figure2, None, runs_of="figure2"),
-}
+    kind = vars(load_config([]).countdown)
+    seeds = TOY.seeds + TOY.tuning_seeds
+    pool = countdown(64 * len(seeds), heldout=False, **kind)
+    files = {}
+    for i, seed in enumerate(seeds):
+        files[f"train-{seed}"] = pool[64 * i : 64 * (i + 1)]
+    heldout = countdown(500, heldout=True, **kind)
+    files["4-numbers"] = heldout[:300]
+    files["validation"] = heldout[300:]
+    files["3-numbers"] = countdown(150, heldout=True, **kind | {"numbers": 3})
+    files["5-numbers"] = countdown(150, heldout=True, **kind | {"numbers": 5})
+    large = countdown(200, heldout=True, **kind | {"largest": 50})
+    files["larger"] = [row for row in large if max(row["numbers"]) > kind["largest"]][:150]
+    for name, problems in files.items():
+        write_jsonl(folder / f"{name}.jsonl", problems)
 
 
 # ---------------------------------------------------------------- runs
-
-
-def list_runs(name: str, config) -> dict:
-    """Return {name of a run: (start of its line in runs.jsonl, its overrides)}, seed by seed."""
-    experiment = EXPERIMENTS[name]
-    runs = {}
-    for seed in range(config.seeds or experiment.seeds):
-        for section, reward in PARADIGMS.items():
-            coef = getattr(config, f"{section.lower()}_lambda")
-            common = f"seed={seed} reward={reward} selection.kl_coef={coef:g}"
-            for row in experiment.rows(section, coef):
-                run = f"{section}-{row.name}-seed{seed}".replace(" + ", "+").replace(" ", "-")
-                line = dict(
-                    section=section, row=row.label, strength=row.strength, seed=seed, run=run
-                )
-                runs[run] = (line, f"{common} {row.overrides}".split())
-    return runs
 
 
 def write_jsonl(file: Path, rows: list[dict]) -> None:
     replace_text(file, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def countdown_files(folder: Path, kind: dict) -> list:
-    """Write files of held-out problems of the kind that is trained on and of three others."""
-
-    def problems(count: int, **changes) -> list:
-        return countdown(count, heldout=True, **kind | changes)
-
-    sets = {
-        "4-numbers": problems(100),
-        "3-numbers": problems(64, numbers=3),
-        "5-numbers": problems(64, numbers=5),
-        "larger": problems(64, largest=50),
-        "validation": problems(164)[100:],  # the first 100 are those of 4-numbers
-    }
-    for name, rows in sets.items():
-        write_jsonl(folder / f"{name}.jsonl", rows)
-    return [f"{folder}/{name}.jsonl" for name in sets]
+def line_of(method: str, rate: float, coef: float, seed: int, steps: int, stage: str) -> dict:
+    """Return the beginning of a run's line in runs.jsonl, which says what is trained."""
+    return dict(method=method, rate=rate, coef=coef, seed=seed, steps=steps, stage=stage)
 
 
-def keys_of(overrides: list) -> set:
-    return {override.partition("=")[0] for override in overrides}
+def run_name(study: str, line: dict) -> str:
+    name = "-".join(f"{key}{line[key]}" for key in ("method", "rate", "coef", "steps", "seed"))
+    return re.sub("[^a-zA-Z0-9.-]", "", f"{study}-{line['stage']}-{name}".replace("method", ""))
 
 
-def common_overrides(names: list, arguments: list, config) -> list:
-    """Return the arguments that every run gets; raise UserError for those that the rows set.
+def overrides_of(study: Study, line: dict) -> list[str]:
+    """Return the arguments of train.py for a run.
 
-    Unless a recipe, data or a model is given, they evaluate on files of Countdown problems.
+    The warm-up is as long as in a run of the most steps, so that a run of fewer steps is its start.
     """
-    common = [argument for argument in arguments if not keys_of([argument]) & SETTINGS.keys()]
-    given = keys_of(common)
-    for name in names:
-        for _, overrides in list_runs(name, config).values():
-            taken = given & {"name", "resume", "dry_run", *keys_of(overrides)}
-            require(
-                not taken,
-                f"{taken}: the runs of {name} set it themselves; for lambda give rlvr_lambda= or "
-                "rlif_lambda=",
-            )
-    if given & {"recipe", "data", "model", "evaluation.data"}:
-        files = [Path(file).stem for file in split_list(config.evaluation.data)]
-        require(
-            "validation" in files or "table1" not in names,
-            "table1 chooses lambda on other problems: add a validation.jsonl to evaluation.data",
-        )
-        return common
-    files = countdown_files(Path("runs/reproduce-problems"), vars(config.countdown))
-    usual = f"evaluation.every=0 evaluation.samples=64 evaluation.data=[{','.join(files)}]"
-    return [*usual.split(), "save_every=50", *common]
+    stage = study.tuning if line["stage"] == "tuning" else study.test
+    warmup = 0.1 * max(study.stops) / line["steps"]
+    own = f"optimizer.lr={line['rate']} optimizer.warmup={warmup:g} steps={line['steps']}"
+    if line["coef"]:
+        own += f" selection.kl_coef={line['coef']}"
+    common = study.overrides.format(seed=line["seed"])
+    # the last one counts, so that a method can change what all have
+    return f"{common} {stage} {own} {study.methods[line['method']]}".split()
+
+
+def tuning_lines(study: Study, method: str) -> list[dict]:
+    """List the runs that choose a method's settings: every rate and lambda."""
+    penalised = "strategy=none" not in study.methods[method]
+    rates = study.penalised_rates if penalised else study.rates
+    coefs = study.coefs if penalised else (0.0,)
+    lines = []
+    for seed in study.tuning_seeds:
+        for rate in rates:
+            for coef in coefs:
+                lines.append(line_of(method, rate, coef, seed, max(study.stops), "tuning"))
+    return lines
+
+
+def test_lines(study: Study, method: str, runs: list[dict]) -> list[dict]:
+    """List the runs that are reported: a method's choices, on the seeds."""
+    settings = [(method, study.rates[0], 0.0, study.stops[0])]
+    if study.tuning_seeds:
+        settings = dict.fromkeys(choose(runs, metric)[method] for metric in CHOSEN_BY)
+    lines = []
+    for _, rate, coef, step in settings:
+        for seed in study.seeds:
+            lines.append(line_of(method, rate, coef, seed, step, "test"))
+    return lines
+
+
+def summarise(folder: Path, stage: str, stops: tuple) -> dict:
+    """Return what a finished run adds to its line.
+
+    A tuning run has {step: validation metrics}. A test run has for each file the number of samples,
+    the number of correct ones of each problem, of the base model and of the trained one, and the
+    other metrics; and the accuracy and entropy of each step's completions.
+    """
+    rows = read_jsonl(folder / "metrics.jsonl")
+    seconds = sum(sum(v for key, v in row.items() if key.startswith("time/")) for row in rows)
+    if stage == "tuning":
+        validation = {}
+        for row in rows:
+            if row["step"] in stops and "eval/pass@1" in row:
+                metrics = {key: value for key, value in row.items() if key.startswith("eval/")}
+                validation[row["step"]] = {key[5:]: value for key, value in metrics.items()}
+        return {"seconds": seconds, "validation": validation}
+    test = {}
+    for file, result in json.loads((folder / "evaluation.json").read_text()).items():
+        test[Path(file).stem] = result
+    curves = {}
+    for name in ("reward/accuracy", "entropy"):
+        curves[name] = [round(row[name], 4) for row in rows if name in row]
+    return {"seconds": seconds, "test": test, "curves": curves}
+
+
+def cpu_model() -> str:
+    """Return the name of this machine's processor."""
+    try:
+        names = re.findall("model name\\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    except OSError:  # not Linux
+        names = []
+    return names[0] if names else platform.processor()
 
 
 def launch(folder: Path, overrides: list, ranks: int, devices: list) -> dict:
@@ -277,70 +338,62 @@ def device_slots(jobs: int, ranks: int) -> list:
     return [",".join(gpus[start : start + ranks]) for start in starts]
 
 
-def run_experiment(name: str, common: list, config) -> None:
-    """Do all runs of an experiment; each becomes a line of runs.jsonl, in order.
-
-    A run that any experiment has finished under the same name is not repeated.
-    """
-    out = Path(config.out)
-    results = out / name / "runs.jsonl"
-    runs = list_runs(name, config)
-    finished = {}
-    for file in out.glob("*/runs.jsonl"):
-        finished |= {line["run"]: line for line in read_jsonl(file)}
-    other_seeds = [line for line in read_jsonl(results) if line["run"] not in runs]
-    for run in finished.keys() & runs.keys():
-        settings = flatten(load_config(common + runs[run][1]))
-        other = dict(finished[run]["config"].items() - settings.items())
-        require(not other, f"{out} holds {run} with {other}: give another out=")
-
-    def write_lines() -> None:
-        lines = [finished[run] | line for run, (line, _) in runs.items() if run in finished]
-        write_jsonl(results, lines + other_seeds)
-
+def finish(name: str, lines: list[dict], others: list[str], config) -> list[dict]:
+    """Do those runs that have no line in runs.jsonl yet; return all lines."""
+    study = STUDIES[name]
+    results = Path(config.out) / name / "runs.jsonl"
+    runs = read_jsonl(results)
+    finished = {run["run"] for run in runs}
+    missing = [line for line in lines if run_name(name, line) not in finished]
+    if not missing:
+        return runs
     devices = device_slots(config.jobs, config.ranks)
-    folders = {run: Path("runs") / f"{out.name}-{run}" for run in runs if run not in finished}
 
-    def launch_run(run: str) -> dict:
-        about = launch(folders[run], common + runs[run][1], config.ranks, devices)
-        return {"figures": summarise_run(folders[run])} | about
+    def run_line(line: dict) -> dict:
+        folder = Path("runs") / run_name(name, line)
+        arguments = overrides_of(study, line) + others
+        about = launch(folder, arguments, config.ranks, devices)
+        line = line | {"run": folder.name, "host": platform.node(), "cpu": cpu_model()}
+        return line | summarise(folder, line["stage"], study.stops) | about
 
     with ThreadPoolExecutor(config.jobs) as pool:
-        new_lines = pool.map(launch_run, folders)  # after an error no further run starts
-        for run, line in zip(folders, tqdm(new_lines, desc=name, total=len(folders))):
-            finished[run] = line
-            write_lines()
-            for weights in ("checkpoints", "model"):  # they are not needed any more
-                shutil.rmtree(folders[run] / weights, ignore_errors=True)
-    write_lines()
+        new = pool.map(run_line, missing)  # after an error no further run starts
+        title = f"{name}, {missing[0]['method']}, {missing[0]['stage']}"
+        for line in tqdm(new, desc=title, total=len(missing)):
+            runs.append(line)
+            write_jsonl(results, runs)
+            folder = Path("runs") / line["run"]
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # it is not needed any more
+            if line["stage"] == "tuning":
+                shutil.rmtree(folder / "model", ignore_errors=True)
+    return runs
 
 
 # ---------------------------------------------------------------- the command
 
 
-def main(arguments: list) -> None:
+def main(arguments: list[str]) -> None:
     show_help(arguments, __doc__, SETTINGS)
     what, *arguments = arguments or [""]
-    require(
-        what in {"all", "tables", *EXPERIMENTS},
-        f"{what!r}: give all, tables, or one of {', '.join(EXPERIMENTS)}",
-    )
-    names = [what] if what in EXPERIMENTS else list(EXPERIMENTS)
-    config = load_config(arguments, SETTINGS)
-    require(min(config.jobs, config.ranks) > 0, "jobs= and ranks=: give at least 1")
     if what != "tables":
-        common = common_overrides(names, arguments, config)
+        study = lookup("study", what, STUDIES)
+        config = load_config(arguments, SETTINGS)
+        require(min(config.jobs, config.ranks) > 0, "jobs= and ranks=: give at least 1")
+        others = [a for a in arguments if a.partition("=")[0] not in SETTINGS]
         with lock(Path("runs/reproduce.lock")):
-            for source in dict.fromkeys(EXPERIMENTS[name].runs_of or name for name in names):
-                run_experiment(source, common, config)
-    for name, experiment in EXPERIMENTS.items():
-        runs = read_jsonl(Path(config.out) / (experiment.runs_of or name) / "runs.jsonl")
+            if "runs/toy/" in study.overrides:
+                write_toy_problems(Path("runs/toy"))
+            for method in study.methods:
+                runs = finish(what, tuning_lines(study, method), others, config)
+                finish(what, test_lines(study, method, runs), others, config)
+    out = Path(load_config(arguments, SETTINGS).out)
+    for name in STUDIES:
+        runs = read_jsonl(out / name / "runs.jsonl")
         if runs:
-            folder = Path(config.out) / name
-            replace_text(folder / "table.md", experiment_page(name, runs, experiment.references))
-            print(f"written: {folder}/table.md")
-            if experiment.draw:
-                print(figures.picture(folder / "figure.png", experiment.draw, runs))
+            replace_text(out / name / "table.md", page(name, runs))
+            print(f"written: {out / name}/table.md")
+            for file, draw in figures.pictures_of(runs).items():
+                print(figures.picture(out / name / file, draw, runs))
 
 
 if __name__ == "__main__":

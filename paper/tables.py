@@ -1,245 +1,237 @@
-"""Write the tables of `paper.reproduce`: means over seeds with 95 % intervals, paired differences.
+"""Write the tables of `paper.reproduce`: what was chosen on validation, the results, differences.
 
-A run is a line of results/WHAT/runs.jsonl, a dictionary with section (RLVR or RLIF), row, strength
-(lambda, or the share of selected tokens), seed, run (its name), config and figures. The figures are
-{"training": {metric: value}, "base": {file: {metric: value}}, "trained": likewise}; a path such as
-("trained", file, metric) leads to one of them. `rows` is {(row, strength): {seed: run}}.
+A run is a line of results/STUDY/runs.jsonl. Its method, rate, coef (lambda) and steps are its
+setting; stage is `tuning` or `test`. S is the number of seeds, P that of problems.
 """
 
-import json
-import math
+import re
 from functools import cache
-from itertools import permutations
-from pathlib import Path
-from statistics import mean
 
 import numpy as np
 
-from evaluate import markdown_table
-from support.files import read_jsonl
+from evaluate import markdown_table, pass_at_k
 
-BASELINE = {"RLVR": "GRPO", "RLIF": "INTUITOR"}  # the method without a penalty, by section
-COMMON_LAMBDA = {"RLVR": 0.03, "RLIF": 0.3}  # lambda in the second half of Table 1
+# Settings are chosen by the highest of one of these on the validation problems.
+CHOSEN_BY = ("pass@1", "pass@16")
 HEAD = """# {0}
 
-Written by `python -m paper.reproduce {0}`. ± is half the 95 % interval over seeds (Student).
-Differences are seed by seed: * is p < 0.05, corrected for the lines of a table (Holm) but not for
-its columns; in brackets, on how many seeds it is above 0. Where all seeds have the same difference
-there is no spread to test with, and no *.
+Written by `python -m paper.reproduce {0}`. Intervals are 95 %, from a bootstrap over seeds and
+problems together (entropy and d_collapse: over seeds). * an interval that is corrected for the
+number of differences in its table excludes 0. spread: the standard deviation over seeds of the gain
+in Pass@1. new: the share of problems that were solved at least once, and never by the base model of
+the seed; lost: the other way round.
 """
+
+# ---------------------------------------------------------------- the choice of settings
+
+
+def settings_of(runs: list[dict]) -> dict[tuple, list[dict]]:
+    """Return {(method, rate, coef, step): [validation metrics of each tuning seed]}."""
+    settings: dict[tuple, list] = {}
+    for run in runs:
+        if run["stage"] == "tuning":
+            for step, metrics in run["validation"].items():
+                key = (run["method"], run["rate"], run["coef"], int(step))
+                settings.setdefault(key, []).append(metrics)
+    return settings
+
+
+def mean_metric(rows: list[dict], metric: str) -> float:
+    return float(np.mean([row[metric] for row in rows]))
+
+
+def choose(runs: list[dict], metric: str = "pass@1") -> dict[str, tuple]:
+    """Return for each method the setting with the highest mean of a metric on validation."""
+    settings = settings_of(runs)
+    choices = {}
+    for setting in sorted(settings, key=lambda key: mean_metric(settings[key], metric)):
+        choices[setting[0]] = setting  # the last one of a method is its highest
+    return choices
+
+
+def reported(runs: list[dict], metric: str = "pass@1") -> dict[str, list[dict]]:
+    """Return each method's test runs at its choice by a metric, in the order of their seeds."""
+    choices = choose(runs, metric)
+    methods: dict[str, list] = {}
+    test = [run for run in runs if run["stage"] == "test"]
+    for run in sorted(test, key=lambda run: run["seed"]):
+        setting = (run["method"], run["rate"], run["coef"], run["steps"])
+        # without tuning runs there is only one setting
+        if choices.get(run["method"], setting) == setting:
+            methods.setdefault(run["method"], []).append(run)
+    order = list(dict.fromkeys(run["method"] for run in runs))
+    return {method: methods[method] for method in order if method in methods}
+
 
 # ---------------------------------------------------------------- statistics
 
 
 @cache
-def t_distribution(freedom: int) -> tuple:
-    """Return t from 0 to infinity, and P(|T| <= t) for Student's t.
+def resamples(count: int, axis: int, number: int = 10_000) -> np.ndarray:
+    """Return how often each of `count` things is in each resample, as shares.  [number, count]"""
+    rng = np.random.default_rng(axis)
+    return rng.multinomial(count, np.full(count, 1 / count), size=number) / count
 
-    The density of T, as one of u = arctan(t / sqrt(freedom)), is cos(u)^(freedom - 1).
+
+def interval(values: np.ndarray, comparisons: int = 1) -> tuple[float, float, float]:
+    """Return the mean of values [S, P] and its 95 % interval, by resampling seeds and problems.
+
+    A bootstrap of S seeds underestimates their variance by (S - 1) / S, so the interval is
+    stretched. With several comparisons the level is corrected for their number (Bonferroni).
     """
-    u = np.linspace(0, np.pi / 2, 50_001)
-    density = np.cos(u) ** (freedom - 1)
-    mass = np.cumsum(density) - (1 + density) / 2  # trapezoids; 1 is the first density
-    return math.sqrt(freedom) * np.tan(u), mass / mass[-1]
+    seeds, problems = values.shape
+    mean = float(values.mean())
+    means = (resamples(seeds, 0) @ values * resamples(problems, 1)).sum(axis=1)
+    tail = 0.025 / comparisons
+    stretch = (seeds / max(seeds - 1, 1)) ** 0.5
+    low, high = mean + stretch * (np.quantile(means, [tail, 1 - tail]) - mean)
+    return mean, float(low), float(high)
 
 
-def t_test(values: list) -> tuple:
-    """Return the mean, half its 95 % interval, and the two-sided p-value for a mean of 0.
-
-    The last two are nan for a single value, and the p-value is nan if all values are equal.
-    """
-    center = np.mean(values)
-    freedom = len(values) - 1
-    if freedom < 1:
-        return center, math.nan, math.nan
-    if np.ptp(values) < 1e-12:  # equal but for rounding
-        return center, 0.0, math.nan
-    error = np.std(values, ddof=1) / math.sqrt(len(values))
-    t, mass = t_distribution(freedom)
-    p = 1 - np.interp(abs(center) / error, t, mass)
-    return center, np.interp(0.95, mass, t) * error, p
+def pass_values(runs: list[dict], file: str, model: str, k: int) -> np.ndarray:
+    """Return Pass@k of every seed and problem.  [S, P]"""
+    results = [run["test"][file] for run in runs]
+    counts = np.array([result["correct"][model] for result in results])
+    return pass_at_k(results[0]["samples"], counts, k)
 
 
-def holm(p_values: list) -> np.ndarray:
-    """Correct p-values for their number (Holm 1979); a nan stays and does not count.
-
-    The i-th smallest of n is multiplied by n - i + 1.
-    """
-    corrected = np.array(p_values)
-    order = np.argsort(corrected)  # nan comes last
-    remaining = np.sum(corrected >= 0) - np.arange(len(corrected))
-    corrected[order] = np.maximum.accumulate(corrected[order] * remaining)
-    return corrected.clip(max=1)
+def metric_values(runs: list[dict], file: str, model: str, metric: str) -> np.ndarray:
+    """Return another metric of every seed.  [S, 1]"""
+    return np.array([[run["test"][file][model][metric][0]] for run in runs])
 
 
-# ---------------------------------------------------------------- runs and their figures
-
-
-def summarise_run(folder: Path) -> dict:
-    """Return the figures of a finished run, from its metrics.jsonl and evaluation.json."""
-    rows = [row for row in read_jsonl(folder / "metrics.jsonl") if "loss" in row]
-    seconds = sum(row["time/rollout"] + row["time/select"] + row["time/update"] for row in rows)
-    training = {
-        "seconds": seconds,
-        "tokens/s": sum(row["tokens"] for row in rows) / seconds,
-        "length": mean(row["length/mean"] for row in rows),
-        "mem_gb": rows[-1]["mem_gb"],
-        "selection/fraction": mean(row["selection/fraction"] for row in rows[-20:]),
+def test_files(runs: list[dict]) -> dict[str, list[int]]:
+    """Return {test file: the k of its Pass@k}."""
+    run = next(run for run in runs if run["stage"] == "test")
+    return {
+        file: [k for k in (1, 4, 16, 64) if k <= result["samples"]]
+        for file, result in run["test"].items()
     }
-    figures = {"training": training, "base": {}, "trained": {}}
-    for file, models in json.loads((folder / "evaluation.json").read_text()).items():
-        for model in ("base", "trained"):
-            metrics = models[model]
-            figures[model][Path(file).stem] = {key: value for key, (value, _) in metrics.items()}
-    return figures
-
-
-def figure_of(run: dict, path: tuple) -> float:
-    """Return the number at a path of a run's figures."""
-    value = run["figures"]
-    for key in path:
-        value = value[key]
-    return value
-
-
-def over_seeds(runs: dict, path: tuple) -> tuple:
-    """Return the mean over seeds and half its 95 % interval."""
-    return t_test([figure_of(run, path) for run in runs.values()])[:2]
-
-
-def differences(runs: dict, others: dict, path: tuple) -> list:
-    """Return the differences between the runs of two rows, seed by seed."""
-    seeds = [seed for seed in runs if seed in others]
-    return [figure_of(runs[seed], path) - figure_of(others[seed], path) for seed in seeds]
-
-
-def group_by_row(runs: list[dict], section: str) -> dict:
-    """Return {(row, strength): {seed: run}} of one section, in the order of the runs."""
-    rows = {}
-    for run in runs:
-        if run["section"] == section:
-            rows.setdefault((run["row"], run["strength"]), {})[run["seed"]] = run
-    return rows
-
-
-def base_row(runs: list[dict]) -> dict:
-    """Return the base model as a row with one run."""
-    return {("base model", None): {0: {"figures": {"trained": runs[0]["figures"]["base"]}}}}
-
-
-def row_label(row: tuple) -> str:
-    """Return a row's label, with its strength if it has one."""
-    label, strength = row
-    return label if strength is None else f"{label}, {strength:g}"
-
-
-def best_strengths(rows: dict) -> dict:
-    """Return for each label the row with the highest Pass@1 on the validation problems."""
-    path = ("trained", "validation", "pass@1")
-    best = dict.fromkeys(label for label, _ in rows)
-    for row in sorted(rows, key=lambda row: over_seeds(rows[row], path)[0]):
-        best[row[0]] = row  # the last one of a label has the highest
-    return {row: rows[row] for row in best.values()}
-
-
-def files_and_metrics(runs: list[dict]) -> tuple:
-    """Return the names of the evaluated problem files, and every Pass@k, the largest k last."""
-    trained = runs[0]["figures"]["trained"]
-    files = [file for file in trained if file != "validation"]
-    return files, [metric for metric in trained[files[0]] if metric.startswith("pass@")]
 
 
 # ---------------------------------------------------------------- tables
 
 
-def with_interval(mean: float, half: float, sign="") -> str:
-    """Write mean ± half with as many digits as the interval supports."""
-    if math.isnan(half):
-        return f"{mean:{sign}.3f}"
-    digits = 3
-    if half >= 1:
-        digits = 0 if half >= 10 else 1
-    return f"{mean:{sign}.{digits}f} ±{half:.{digits}f}"
+def validation_metrics(settings: dict) -> list[str]:
+    """Return the names of the metrics to show: Pass@1, Pass@k for the largest k, and diversity."""
+    metrics = next(iter(settings.values()))[0]
+    *_, largest = [name for name in metrics if re.fullmatch(r"pass@\d+", name)]
+    return ["pass@1", largest, "entropy", "d_collapse"]
 
 
-def means_table(rows: dict, columns: dict) -> str:
-    """Write a line per row: its mean over seeds ± half the 95 % interval."""
+def choices_table(runs: list[dict], metric: str) -> str:
+    """Write which setting each method got, and its metrics on the validation problems."""
+    settings = settings_of(runs)
+    metrics = validation_metrics(settings)
     lines = []
-    for row, runs in rows.items():
-        cells = [with_interval(*over_seeds(runs, path)) for path in columns.values()]
-        lines.append([row_label(row), str(len(runs)), *cells])
-    return markdown_table(["", "seeds", *columns], lines)
+    for method, setting in choose(runs, metric).items():
+        _, rate, coef, step = setting
+        means = [f"{mean_metric(settings[setting], metric):.3f}" for metric in metrics]
+        lines.append([method, f"{rate:g}", f"{coef:g}", str(step), *means])
+    return markdown_table(["method", "rate", "λ", "steps", *metrics], sorted(lines))
 
 
-def differences_table(rows: dict, pairs: list, columns: dict) -> str:
-    """Write a line per pair (row, reference): row minus reference; * is p < 0.05 after Holm."""
-    lines = [[f"{row_label(row)} − {row_label(reference)}"] for row, reference in pairs]
-    for path in columns.values():
-        gaps = [differences(rows[row], rows[reference], path) for row, reference in pairs]
-        p_values = holm([t_test(gap)[2] for gap in gaps])
-        for line, gap, p in zip(lines, gaps, p_values):
-            star = " *" if p < 0.05 else ""
-            above = sum(value > 0 for value in gap)
-            line.append(f"{with_interval(*t_test(gap)[:2], '+')}{star} ({above}/{len(gap)})")
-    return markdown_table(["difference", *columns], lines)
+def rates_table(runs: list[dict]) -> str:
+    """Write Pass@1 / Pass@k on validation at each rate and step, with the λ that is best there."""
+    settings = settings_of(runs)
+    one, largest, *_ = validation_metrics(settings)
+    columns = sorted({(rate, step) for _, rate, _, step in settings})
+    lines = []
+    for method in sorted({setting[0] for setting in settings}):
+        cells = []
+        for column in columns:
+            there = [
+                (mean_metric(rows, one), mean_metric(rows, largest))
+                for setting, rows in settings.items()
+                if (setting[0], setting[1], setting[3]) == (method, *column)
+            ]
+            best = max(there, default=None)
+            cells.append("" if best is None else f"{best[0]:.3f} / {best[1]:.3f}")
+        lines.append([method, *cells])
+    titles = [f"{rate:g}, {step} steps" for rate, step in columns]
+    return markdown_table([f"{one} / {largest}", *titles], lines)
 
 
-def table_columns(name: str, runs: list[dict]) -> list[dict]:
-    """Return {title: path} of the columns of each table of an experiment."""
-    if name == "table4":
-        return [{key: ("training", key) for key in ("seconds", "tokens/s", "length", "mem_gb")}]
-    files, metrics = files_and_metrics(runs)
-    first = files[0]
-    if name == "figure3":
-        return [{f"{metric.title()} {first}": ("trained", first, metric) for metric in metrics}]
-    accuracy = {f"Pass@1 {file}": ("trained", file, "pass@1") for file in files}
-    accuracy[f"d_collapse {first}"] = ("trained", first, "d_collapse")
-    largest = metrics[-1]
-    return [accuracy, {f"{largest.title()} {file}": ("trained", file, largest) for file in files}]
+def with_interval(values: np.ndarray, sign: str = "") -> str:
+    mean, low, high = [round(number, 3) + 0.0 for number in interval(values)]  # no -0.000
+    return f"{mean:{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]"
 
 
-def comparisons(rows: dict, reference: str) -> list:
-    """Return the pairs of rows whose difference is shown.
+def results_table(methods: dict[str, list[dict]], file: str, ks: list[int]) -> str:
+    """Write every method's metrics on a test file, the base model's first."""
+    lines = []
+    base = {"base model": next(iter(methods.values()))}
+    for method, runs in (base | methods).items():
+        model = "base" if method == "base model" else "trained"
+        values = [pass_values(runs, file, model, k) for k in ks]
+        values += [metric_values(runs, file, model, name) for name in ("entropy", "d_collapse")]
+        cells = [with_interval(value) for value in values]
+        lines.append([method, str(len(runs)), *cells, *gains(runs, file, model)])
+    titles = [f"Pass@{k}" for k in ks]
+    last = ["entropy", "d_collapse", "spread", "new", "lost"]
+    return markdown_table(["", "seeds", *titles, *last], lines)
 
-    reference: `baseline`, each row minus the baseline; `alone`, each "+ SCOPE" row minus the same
-    row without; `q = 5 %`, each share minus 5 %; `SCOPE`, SCOPE minus all others but the baseline.
+
+def gains(runs: list[dict], file: str, model: str) -> list[str]:
+    """Return the spread over seeds of the gain in Pass@1, and the shares of problems new and lost.
+
+    A problem is new if the model solved it at least once and the base model of the seed never did,
+    and lost if it is the other way round.
     """
+    solved = pass_values(runs, file, model, 1)
+    before = pass_values(runs, file, "base", 1)
+    spread = (solved - before).mean(axis=1).std(ddof=1) if len(runs) > 1 else 0.0
+    new = ((solved > 0) & (before == 0)).mean()
+    lost = ((solved == 0) & (before > 0)).mean()
+    return [f"{value:.3f}" for value in (spread, new, lost)]
+
+
+def differences_table(
+    methods: dict[str, list[dict]], pairs: list[tuple[str, str]], file: str, ks: list[int]
+) -> str:
+    """Write one method minus another for each pair, on the same seeds and problems."""
+    lines = []
+    comparisons = len(pairs) * len(ks)
+    for method, other in pairs:
+        count = min(len(methods[method]), len(methods[other]))  # while runs are missing
+        cells = []
+        for k in ks:
+            gap = pass_values(methods[method][:count], file, "trained", k)
+            gap = gap - pass_values(methods[other][:count], file, "trained", k)
+            _, low, high = interval(gap, comparisons)
+            star = " *" if low > 0 or high < 0 else ""
+            cells.append(with_interval(gap, "+") + star)
+        lines.append([f"{method} − {other}", *cells])
+    return markdown_table(["difference", *(f"Pass@{k}" for k in ks)], lines)
+
+
+def pairs_of(methods: dict) -> list[tuple[str, str]]:
+    """List what is compared: a method "X + SCOPE" with X, each other one with GRPO and SCOPE."""
     pairs = []
-    for row, other in permutations(rows, 2):
-        is_baseline = other[0] in BASELINE.values()
-        is_pair = {
-            "baseline": is_baseline,
-            "alone": row[0] == f"{other[0]} + SCOPE",
-            "q = 5 %": other == (row[0], 0.05),
-            "SCOPE": row[0] == "SCOPE" and not is_baseline,
-        }
-        if is_pair[reference]:
-            pairs.append((row, other))
-    return pairs
+    for method in methods:
+        others = ["GRPO", "SCOPE"]
+        if method.endswith(" + SCOPE"):
+            others = [method.removesuffix(" + SCOPE")]
+        pairs += [(method, other) for other in others if other in methods and other != method]
+    return sorted(pairs, key=lambda pair: pair[1])
 
 
-def rows_to_show(name: str, rows: dict, section: str) -> dict:
-    """Return {title: rows} of each table: for Table 1 the best strengths, then a common one."""
-    if name != "table1":
-        return {"": rows}
-    strength = COMMON_LAMBDA[section]
-    return {
-        ", each at its λ of highest validation accuracy": best_strengths(rows),
-        f", all at λ = {strength:g}": {
-            row: runs for row, runs in rows.items() if row[1] in (None, strength)
-        },
-    }
-
-
-def experiment_page(name: str, runs: list[dict], references: tuple) -> str:
-    """Write table.md: for each section the means, then the differences from each reference."""
+def page(name: str, runs: list[dict]) -> str:
+    """Write table.md."""
     parts = [HEAD.format(name)]
-    base = {} if name == "table4" else base_row(runs)
-    for section in dict.fromkeys(run["section"] for run in runs):
-        for title, rows in rows_to_show(name, group_by_row(runs, section), section).items():
-            parts.append(f"## {section}{title}\n")
-            for columns in table_columns(name, runs):
-                parts.append(means_table(base | rows, columns))
-                for reference in references:
-                    parts.append(differences_table(rows, comparisons(rows, reference), columns))
-    return "\n".join(parts)
+    tuned = any(run["stage"] == "tuning" for run in runs)
+    if tuned:
+        for metric in CHOSEN_BY:
+            title = f"## Chosen on validation problems, by {metric.title()}"
+            parts += [title, choices_table(runs, metric)]
+        parts += ["## Every rate and number of steps on validation problems", rates_table(runs)]
+    if any(run["stage"] == "test" for run in runs):
+        for metric in CHOSEN_BY if tuned else CHOSEN_BY[:1]:
+            methods = reported(runs, metric)
+            for file, ks in test_files(runs).items():
+                title = f"## {file}"
+                if tuned:
+                    title += f", settings chosen by {metric.title()}"
+                parts += [title, results_table(methods, file, ks)]
+                parts.append(differences_table(methods, pairs_of(methods), file, ks))
+    return "\n".join(part.rstrip("\n") + "\n" for part in parts)

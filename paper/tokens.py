@@ -26,24 +26,30 @@ SYMBOLS = dict.fromkeys("+-*/", "operator") | dict.fromkeys("=,", "separator")
 
 
 def token_roles(tokens: list[str], stop: list[str]) -> list[str]:
-    """Name the role of each token of a Countdown chain.
+    r"""Name the role of each token of an arithmetic answer.
 
-    Numbers between `=` and `,` are results, others are operands.
+    Numbers after `=` or in a \boxed{} are results, others are operands. Letters are words, but
+    those of \boxed{}, and what has no other role, are format.
 
     >>> token_roles(["3", "*", "5", "=", "15", ",", "<eos>"], stop=["<eos>"])
     ['operand', 'operator', 'operand', 'separator', 'result', 'separator', 'stop']
     """
     roles = []
     after_equals = False
+    in_box = False
     for token in tokens:
         word = token.strip()
         if token in stop:
             role = "stop"
         elif word.isdecimal():  # or a piece of a number
-            role = "result" if after_equals else "operand"
+            role = "result" if after_equals or in_box else "operand"
+        elif word.isalpha() and not in_box:
+            role = "word"
         else:
-            role = SYMBOLS.get(word, "other")
+            role = SYMBOLS.get(word, "format")
+        if word and not word.isdecimal():
             after_equals = word == "="
+            in_box = word.endswith("\\") or in_box and "}" not in word
         roles.append(role)
     return roles
 
@@ -119,7 +125,7 @@ def main(arguments: list[str]) -> None:
     config = load_config(arguments, SETTINGS)
     with start(config.precision) as world:
         run = set_up(config, world, Path("runs"))
-        _, rollout = draw_step(run, config.step)
+        problems, rollout = draw_step(run, config.step)
     scores = token_scores(rollout)
     stop = [run.tokenizer.decode([token]) for token in run.stop]
     texts = []
@@ -143,7 +149,8 @@ def main(arguments: list[str]) -> None:
         label = f"{verdict} A {rollout.advantages[row]:+.2f}"
         # zip ends with the texts, which have no padding
         shown.append((label, list(zip(texts[row], *(column[row].tolist() for column in columns)))))
-    replace_text(Path(config.out), svg(run.tokenizer.decode(rollout.prompts[first]), shown))
+    title = problems[first].get("problem") or run.tokenizer.decode(rollout.prompts[first])
+    replace_text(Path(config.out), svg(title, shown))
     print(f"written: {config.out}")
 
 

@@ -286,7 +286,6 @@ LARGEST |= dict.fromkeys(SHARES, 1)
 CHOICES = {
     "precision": ("auto", "fp32", "bf16"),
     "grpo.normaliser": ("token", "sequence"),
-    "selection.normaliser": ("selected", "tokens"),
     "optimizer.schedule": ("cosine", "constant"),
     "prompt.chat": ("auto", "never"),
 }

@@ -102,7 +102,7 @@ SCENARIOS = {
     "all wrong": ([], {"rewards_of": all_wrong}),
     "uniform": ([], {"rewards_of": only_first_half, "strategy": "uniform"}),
     "sequence": (["grpo.normaliser=sequence", "objective=div"], {"rewards_of": by_length}),
-    "residual": (["objective=forking_rl"], {"rewards_of": by_length, "strategy": "residual"}),
+    "forking": (["objective=forking_rl"], {"rewards_of": by_length, "strategy": "covariance"}),
     "off-policy": (["objective=kl_cov"], {"rewards_of": by_length, "on_policy": False}),
 }
 

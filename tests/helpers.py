@@ -166,3 +166,23 @@ def run_copy(command, *, stdout, stderr, env):
             os._exit(status)
     _, status = os.waitpid(child, 0)
     return subprocess.CompletedProcess(command, os.waitstatus_to_exitcode(status))
+
+
+def tuning_run(method, rate, coef, seed, **steps):
+    """Return a tuning run with the Pass@1 of some steps."""
+    validation = {}
+    for step, value in steps.items():
+        metrics = {"pass@1": value, "pass@16": 1 - value, "entropy": 0.25, "d_collapse": 0.5}
+        validation[step[4:]] = metrics | {"pass@16_stderr": 9.0}
+    return dict(
+        method=method, rate=rate, coef=coef, seed=seed, stage="tuning", validation=validation
+    )
+
+
+def reported_run(method, seed, counts, *, coef=0.0, steps=20):
+    """Return a test run with the number of correct samples, of 4, of two problems."""
+    metrics = {"entropy": [0.1 * (seed + 1), None], "d_collapse": [0.5, None]}
+    result = {"base": metrics, "trained": metrics, "samples": 4}
+    result["correct"] = {"base": [0, 0], "trained": counts}
+    line = dict(method=method, rate=1e-5, coef=coef, seed=seed, steps=steps, stage="test")
+    return line | {"test": {"file": result}}

@@ -322,17 +322,15 @@ def slow_marks(tokens, objective):
 
 
 @pytest.mark.parametrize(
-    "normaliser, on_policy, paying",
-    [("token", True, "selected"), ("token", False, "tokens"), ("sequence", False, "selected")],
+    "normaliser, on_policy", [("token", True), ("token", False), ("sequence", False)]
 )
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_from_settings_to_gradient(strong, objective, normaliser, on_policy, paying):
+def test_from_settings_to_gradient(strong, objective, normaliser, on_policy):
     """Steps 5-6 as a whole against loops over float64 logits: marks, weights, ratios, penalty."""
     _, gradient, metrics = step_gradient(
         ALONE,
         f"objective={objective}",
         f"grpo.normaliser={normaliser}",
-        f"selection.normaliser={paying}",
         "grpo.clip_low=0.05",
         "grpo.clip_high=0.1",
         "forking_fraction=0.3",
@@ -377,7 +375,7 @@ def test_from_settings_to_gradient(strong, objective, normaliser, on_policy, pay
         i for i in largest([token["s"] for token in tokens], round(0.2 * N)) if tokens[i]["s"] > 0
     ]
     penalty = sum(tokens[i]["D"] for i in selected)
-    loss = loss + 0.7 * penalty / (N if paying == "tokens" else len(selected))
+    loss = loss + 0.7 * penalty / len(selected)
     loss.backward()
     assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-3, abs=1e-5)
     assert metrics["kl/selected"] == pytest.approx(penalty.item() / len(selected), rel=1e-3)

@@ -162,7 +162,7 @@ def test_commands_have_settings_that_exist():
 def test_commands_of_modules_are_there():
     text = "".join(page.read_text().replace("\n", " ") for page in PAGES)
     modules = set(re.findall(r"python -m (paper\.\w+)", text))
-    assert {"paper.reproduce", "paper.tightness", "paper.tokens", "paper.one_step"} <= modules
+    assert {"paper.reproduce", "paper.mechanism", "paper.tokens", "paper.one_step"} <= modules
     for module in modules:
         source = (ROOT / f"{module.replace('.', '/')}.py").read_text()
         assert 'if __name__ == "__main__":' in source
@@ -214,3 +214,17 @@ def test_lint():
     ruff = [sys.executable, "-m", "ruff"]
     subprocess.run([*ruff, "check", "--no-cache", "."], cwd=ROOT, check=True)
     subprocess.run([*ruff, "format", "--no-cache", "--check", "."], cwd=ROOT, check=True)
+
+
+def test_numbers_about_results_are_in_their_tables():
+    """Measured numbers have three decimals, and shares of the mechanism one and a per cent sign."""
+    tables = "\n".join(file.read_text() for file in sorted((ROOT / "results").glob("*/table.md")))
+    known = set(re.findall(r"\d+\.\d+", tables))
+    readme = (ROOT / "README.md").read_text()
+    pages = [
+        (ROOT / "docs/results.md").read_text(),
+        readme[readme.index("## Does it work?") : readme.index("## One training step")],
+    ]
+    for page in pages:
+        numbers = re.findall(r"\d+\.\d{3}\b|\d+\.\d(?= ?%)", page)
+        assert [number for number in numbers if number not in known] == []

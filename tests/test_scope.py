@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from scope import STRATEGIES, k3, kl_divergence, redistribution_score, select_tokens
+from scope import STRATEGIES, kl_divergence, redistribution_score, select_tokens
 
 
 def step_of_tokens(n=2000, seed=0, positive=0.5):
@@ -21,7 +21,6 @@ def step_of_tokens(n=2000, seed=0, positive=0.5):
         "entropy": entropy,
         "advantages": advantages * sign,
         "entropy_baseline": 0.1 * torch.randn(n, generator=generator),
-        "alpha_minus_beta": torch.randn(n, generator=generator),
     }
 
 
@@ -108,7 +107,6 @@ def test_uniform_penalty_is_the_all_token_penalty_in_expectation():
         {"strategy": "best"},
         {"logprobs": torch.zeros(3)},
         {"strategy": "entropy_change", "entropy_baseline": None},
-        {"strategy": "residual", "alpha_minus_beta": None},
         {"forking_fraction": 1.0},
     ],
 )
@@ -183,11 +181,3 @@ def test_kl_of_bf16_logits_is_taken_in_fp32():
     reference = random_logits(32, 500, seed=2).bfloat16()
     exact = kl_divergence(logits.double(), reference.double())
     assert_close(kl_divergence(logits, reference).double(), exact, rtol=1e-4, atol=1e-5)
-
-
-def test_k3_gives_the_reference_no_gradient():
-    logprobs = torch.tensor([-1.0, -2.0], requires_grad=True)
-    reference = torch.tensor([-1.5, -0.5], requires_grad=True)
-    k3(logprobs, reference).sum().backward()
-    assert reference.grad is None
-    assert logprobs.grad.abs().min() > 0

@@ -33,7 +33,6 @@ from evaluate import evaluate
 from grpo import group_advantages
 from objectives import OBJECTIVES, Objective
 from rollout import sample
-from scope import group_alpha_minus_beta, residual_score
 from support.distributed import World
 from toy import make_tokenizer
 from train import draw_problems, select, set_up, update
@@ -211,25 +210,6 @@ def test_forking_tokens_are_the_share_of_the_config(fraction):
     assert selected.sum() == count
     assert entropy[selected[rollout.mask]].min() == entropy.sort().values[-count]
     assert (selected == token_mask).all()
-
-
-def test_residual_compares_the_groups_of_the_rollout():
-    """The estimate is that of this rollout's tokens and advantages, its sign included."""
-    rollout = made_up_rollout(tiny_model(), list(range(32)), by_length)
-    config = config_of("selection.strategy=residual", "selection.fraction=0.1", "group_size=4")
-    selected, _, metrics = select(rollout, rollout, config, ALONE, seed=0)
-    alpha_minus_beta, branching = group_alpha_minus_beta(
-        rollout.tokens, rollout.mask, rollout.advantages, 4
-    )
-    logprobs, _, advantages = flat_columns(rollout)
-    scores = residual_score(logprobs.exp(), advantages, alpha_minus_beta[rollout.mask])
-    count = round(0.1 * len(scores))
-    assert scores[selected[rollout.mask]].min() == scores.sort().values[-count] > 0
-    assert selected.sum() == count
-    assert metrics["selection/branching"] == pytest.approx(
-        branching[rollout.mask].float().mean().item()
-    )
-    assert metrics["selection/branching"] > 0.05
 
 
 # ---------------------------------------------------------------- 6 the gradient

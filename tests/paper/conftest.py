@@ -21,6 +21,5 @@ def in_tmp(tmp_path, monkeypatch):
         return text[-1:] in tuple("13579")
 
     monkeypatch.setattr("rewards.is_correct", ends_with_an_odd_digit)
-    monkeypatch.setattr("paper.tightness.is_correct", ends_with_an_odd_digit)
     monkeypatch.setattr("support.models.stop_ids", lambda model, tokenizer: list(range(40)))
     return tmp_path

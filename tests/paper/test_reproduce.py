@@ -1,4 +1,4 @@
-"""paper.reproduce: killed and resumed in miniature; its runs; and the committed tables."""
+"""paper.reproduce: a study in miniature, killed and resumed; its runs; and the committed tables."""
 
 import json
 import os
@@ -6,38 +6,65 @@ import re
 import signal
 import subprocess
 import time
-from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
-import matplotlib
+import numpy as np
 import pytest
 from helpers import ROOT, run_copy
 
 import train
-from data import countdown
+from data import is_heldout, problem_key
+from evaluate import pass_at_k
 from paper import figures, reproduce, tables
-from support import config as configs
-from support.config import RunError, UserError, cast, load_config, nest, read_defaults
+from support.config import RunError, UserError, cast, load_config, read_defaults
 from support.files import lock, read_jsonl
 
-matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402
+TABLES = [
+    file
+    for file in sorted((ROOT / "results").glob("*/table.md"))
+    if file.parent.name in reproduce.STUDIES
+]
+MINIATURE = reproduce.Study(
+    overrides="toy.layers=1 toy.hidden=16 toy.updates=3 toy.batch=8 prompts_per_step=4 "
+    "group_size=4 max_new_tokens=12 evaluation.problems=3 evaluation.samples=16 seed={seed} "
+    "countdown_problems=50 save_every=1 selection.fraction=0.3",
+    test="evaluation.data=[auto,other.jsonl] evaluation.every=0",
+    methods={name: reproduce.METHODS[name] for name in ("GRPO", "SCOPE")},
+    rates=(0.01,),
+    stops=(2, 3),
+    seeds=(0, 1),
+    tuning="evaluation.every=1 evaluation.samples_between=16",
+    tuning_seeds=(1000,),
+    penalised_rates=(0.02,),
+    coefs=(0.1, 0.3),
+)
+ONE_SETTING = MINIATURE._replace(
+    methods={"GRPO": "selection.strategy=none", "Div": "objective=div optimizer.lr=0.03"},
+    stops=(2,),
+    seeds=(0,),
+    tuning_seeds=(),
+)
 
-TABLES = sorted((ROOT / "results").glob("**/table.md"))
-RUNS = sorted((ROOT / "results").glob("**/runs.jsonl"))
-SMALL = (
-    "toy.layers=1 toy.hidden=16 toy.updates=3 toy.batch=8 prompts_per_step=4 group_size=4 "
-    "max_new_tokens=12 evaluation.problems=3 evaluation.samples=4 countdown_problems=50 steps=3 "
-    "save_every=1 selection.fraction=0.3 optimizer.lr=0.01 optimizer.warmup=0"
-).split()
+
+@pytest.fixture
+def in_tmp(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    # rewards that a random model earns, so that it learns in three steps
+    monkeypatch.setattr("rewards.is_correct", lambda problem, text, grader: text.count("1") > 1)
+    copies = SimpleNamespace(run=run_copy, STDOUT=subprocess.STDOUT)
+    monkeypatch.setattr(reproduce, "subprocess", copies)
+    # a lock of tqdm could be held by another thread while a process is copied
+    monkeypatch.setattr(reproduce, "tqdm", lambda lines, **settings: lines)
+    monkeypatch.setattr(reproduce, "STUDIES", {"small": MINIATURE, "one": ONE_SETTING})
+    monkeypatch.setattr(reproduce, "write_toy_problems", lambda folder: None)
+    monkeypatch.setattr(figures, "picture", lambda path, *others: f"no {path}")
+    rows = [{"numbers": [i, 2], "target": i + 2} for i in range(3, 6)]
+    Path("other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
 
 
-def all_runs(name: str, seeds: int = 10) -> dict:
-    return reproduce.list_runs(name, load_config([f"seeds={seeds}"], reproduce.SETTINGS))
-
-
-# ---------------------------------------------------------------- killed and resumed
+# ---------------------------------------------------------------- a study in miniature
 
 
 def start_and_be_killed(arguments: list[str]) -> None:
@@ -61,67 +88,88 @@ def start_and_be_killed(arguments: list[str]) -> None:
     assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL
 
 
-def test_killed_and_resumed_the_same_table(tmp_path, monkeypatch):
+def without_times(runs: list[dict]) -> list[dict]:
+    return [run | {"seconds": 0} for run in runs]
+
+
+def test_a_study_in_miniature_killed_and_resumed(in_tmp):
     """A finished run is not repeated, and an unfinished one goes on from its checkpoint.
 
-    The table is that of unbroken runs.
+    Runs and table are those of an unbroken study.
     """
-    monkeypatch.chdir(tmp_path)
-    # rewards that a random model earns, so that it learns in three steps
-    monkeypatch.setattr(reproduce, "PARADIGMS", {"RLIF": "self_certainty"})
-    monkeypatch.setattr(figures, "picture", lambda path, *others: f"no {path}")
-    copies = SimpleNamespace(run=run_copy, STDOUT=subprocess.STDOUT)
-    monkeypatch.setattr(reproduce, "subprocess", copies)
-    # a lock of tqdm could be held by another thread while a process is copied
-    monkeypatch.setattr(reproduce, "tqdm", lambda lines, **settings: lines)
-    arguments = ["figure2", "seeds=1", *SMALL]
-    first, second = "RLIF-INTUITOR-seed0", "RLIF-SCOPE-0.3-seed0"
-    start_and_be_killed(arguments)
-    out = Path("results/figure2")
-    assert [run["run"] for run in read_jsonl(out / "runs.jsonl")] == [first]
-    assert not (out / "table.md").exists()
-    log = Path(f"runs/results-{first}.log")
-    written = log.stat().st_mtime_ns
+    start_and_be_killed(["small"])
+    results = Path("results/small/runs.jsonl")
+    assert {run["method"] for run in read_jsonl(results)} == {"GRPO"}
+    assert not results.with_name("table.md").exists()
+    logs = {path: path.stat().st_mtime_ns for path in Path("runs").glob("*GRPO*.log")}
 
-    reproduce.main(arguments)
-    assert log.stat().st_mtime_ns == written  # the first run was not started again
-    # the second one went on after step 2
-    assert Path(f"runs/results-{second}.log").read_text().count("step 1:") == 1
-    runs = read_jsonl(out / "runs.jsonl")
-    assert [run["run"] for run in runs] == [first, second]
-    for run in runs:
-        assert not Path(f"runs/results-{run['run']}/model").exists()
-        config = nest(read_defaults() | run["config"] | {"name": f"whole-{run['run']}"})
-        monkeypatch.setattr(train, "load_config", lambda arguments, config=config: config)
-        train.main([])
-        whole = tables.summarise_run(Path(f"runs/{config.name}"))
-        for model in ("base", "trained"):
-            assert run["figures"][model] == whole[model]
-    assert runs[0]["figures"]["trained"] != runs[1]["figures"]["trained"]
-    text = (out / "table.md").read_text()
-    assert text == tables.experiment_page("figure2", runs, ("baseline",))
+    reproduce.main(["small"])
+    assert {path: path.stat().st_mtime_ns for path in Path("runs").glob("*GRPO*.log")} == logs
+    killed = Path("runs/small-tuning-SCOPE-rate0.02-coef0.1-steps3-seed1000.log").read_text()
+    assert killed.count("step 1:") == 1  # it went on after step 2
+    runs = read_jsonl(results)
+    text = results.with_name("table.md").read_text()
+    check_tuning_runs([run for run in runs if run["stage"] == "tuning"])
+    check_test_runs([run for run in runs if run["stage"] == "test"], runs)
+    assert not list(Path("runs").glob("small-*/checkpoints"))
+    assert text == tables.page("small", runs)
+    for words in ("## auto", "## other", "SCOPE − GRPO", "base model"):
+        assert words in text
+
     reproduce.main(["tables"])
-    assert (out / "table.md").read_text() == text
-
-    with pytest.raises(UserError, match="results holds .* with {'steps': 3}: give another out="):
-        reproduce.main([*arguments, "steps=2"])
-    # a seed that is not asked for: it is not lost
-    other = [*runs, runs[1] | {"run": "RLIF-SCOPE-0.3-seed9"}]
-    (out / "runs.jsonl").write_text("".join(json.dumps(run) + "\n" for run in other))
-    reproduce.main(arguments)
-    assert read_jsonl(out / "runs.jsonl") == other
-    # runs of another experiment, under its labels: they are not repeated
-    Path("results/table2").mkdir()
-    lines = "".join(json.dumps(run | {"row": "of Table 2"}) + "\n" for run in runs)
-    Path("results/table2/runs.jsonl").write_text(lines)
-    (out / "runs.jsonl").unlink()
-    reproduce.main(arguments)
-    assert read_jsonl(out / "runs.jsonl") == runs
-    assert log.stat().st_mtime_ns == written
+    assert results.with_name("table.md").read_text() == text
+    Path("runs").rename("first-runs")
+    reproduce.main(["small", "out=again"])
+    again = read_jsonl(Path("again/small/runs.jsonl"))
+    assert without_times(again) == without_times(runs)
 
 
-def test_a_failed_run_is_one_line_and_no_further_run_starts(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def check_tuning_runs(runs: list[dict]) -> None:
+    settings = [("GRPO", 0.0), ("SCOPE", 0.1), ("SCOPE", 0.3)]
+    assert [(run["method"], run["coef"]) for run in runs] == settings
+    for run in runs:
+        rows = read_jsonl(Path("runs") / run["run"] / "metrics.jsonl")
+        assert run["validation"].keys() == {"2", "3"}
+        for step, metrics in run["validation"].items():
+            logged = [row for row in rows if row["step"] == int(step) and "eval/pass@1" in row]
+            assert metrics["d_collapse"] == logged[0]["eval/d_collapse"]
+        assert run["config"]["optimizer.lr"] == (0.02 if run["coef"] else 0.01)
+        assert run["config"]["optimizer.warmup"] == 0.1
+        assert run["config"]["selection.kl_coef"] == (run["coef"] or 0.03)
+
+
+def check_test_runs(test: list[dict], runs: list[dict]) -> None:
+    settings = {}
+    for run in test:
+        setting = (run["method"], run["rate"], run["coef"], run["steps"])
+        settings.setdefault(setting, []).append(run["seed"])
+    choices = [tables.choose(runs, metric) for metric in ("pass@1", "pass@16")]
+    assert settings.keys() == {*choices[0].values(), *choices[1].values()}
+    assert list(settings.values()) == [[0, 1]] * len(settings)
+    for run in test:
+        assert run["config"]["steps"] == run["steps"]
+        assert run["config"]["seed"] == run["seed"]
+        # the warm-up of the longest run
+        assert run["config"]["optimizer.warmup"] * run["steps"] == pytest.approx(0.3)
+        assert [len(curve) for curve in run["curves"].values()] == [run["steps"]] * 2
+        for result in run["test"].values():
+            for model in ("base", "trained"):
+                counts = np.array(result["correct"][model])
+                assert len(counts) == 3 and result["samples"] == 16
+                assert pass_at_k(16, counts, 4).mean() == pytest.approx(result[model]["pass@4"][0])
+
+
+def test_a_study_with_one_setting(in_tmp):
+    """Its methods may change what all have; nothing is chosen."""
+    reproduce.main(["one", "jobs=2"])
+    runs = read_jsonl(Path("results/one/runs.jsonl"))
+    assert [(run["method"], run["stage"]) for run in runs] == [("GRPO", "test"), ("Div", "test")]
+    assert [run["config"]["optimizer.lr"] for run in runs] == [0.01, 0.03]
+    text = Path("results/one/table.md").read_text()
+    assert "chosen" not in text and "Div − GRPO" in text
+
+
+def test_a_failed_run_is_one_line_and_no_further_run_starts(in_tmp, monkeypatch):
     started = []
 
     def fail(command, **options):
@@ -130,9 +178,9 @@ def test_a_failed_run_is_one_line_and_no_further_run_starts(tmp_path, monkeypatc
         return subprocess.CompletedProcess(command, 1)
 
     monkeypatch.setattr(reproduce, "subprocess", SimpleNamespace(run=fail, STDOUT=None))
-    with pytest.raises(RunError, match="a run failed: see runs/results-RLVR-GRPO-seed0.log"):
-        reproduce.main(["figure2", *SMALL])
-    assert len(started) <= 2 and not Path("results").exists()
+    with pytest.raises(RunError, match="a run failed: see runs/small-tuning-GRPO-.*.log"):
+        reproduce.main(["small"])
+    assert len(started) == 1 and not Path("results").exists()
 
 
 def test_several_ranks_are_started_by_torchrun_on_their_own_gpus(tmp_path, monkeypatch):
@@ -154,136 +202,95 @@ def test_several_ranks_are_started_by_torchrun_on_their_own_gpus(tmp_path, monke
     assert devices == ["4,5", "6,7"]
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["figure9"], "'figure9': give all, tables, or one of figure1, figure2"),
-        (["table1", "evaluation.data=auto"], "add a validation.jsonl"),
-        (["figure2", "selection.kl_coef=0.1"], "give rlvr_lambda="),
-    ],
-)
-def test_bad_arguments_are_told_at_once(tmp_path, monkeypatch, arguments, message):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=re.escape(message)):
-        reproduce.main(arguments)
-    assert not list(tmp_path.iterdir())
-
-
-def test_only_one_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_bad_arguments_are_told_at_once(in_tmp):
+    with pytest.raises(UserError, match="study=nothing: give one of small, one"):
+        reproduce.main(["nothing"])
+    with pytest.raises(UserError, match="unknown key stepz"):
+        reproduce.main(["small", "stepz=3"])
     with lock(Path("runs/reproduce.lock")):
         with pytest.raises(UserError, match="runs is in use by process"):
-            reproduce.main(["figure2"])
+            reproduce.main(["small"])
 
 
-def test_countdown_files(tmp_path):
-    """Problems that training never sees; validation has none of 4-numbers."""
-    kind = {"numbers": 4, "largest": 20, "limit": 99}
-    files = reproduce.countdown_files(tmp_path, kind)
-    problems = {Path(file).stem: read_jsonl(Path(file)) for file in files}
-    assert [len(rows) for rows in problems.values()] == [100, 64, 64, 64, 64]
-    assert {len(row["numbers"]) for row in problems["5-numbers"]} == {5}
-    assert max(max(row["numbers"]) for row in problems["larger"]) > 20
-    training = countdown(1000, heldout=False, **kind)
-    for name in ("4-numbers", "validation"):
-        assert not [row for row in problems[name] if row in training]
-    assert not [row for row in problems["validation"] if row in problems["4-numbers"]]
+# ---------------------------------------------------------------- the studies and their results
 
 
-# ---------------------------------------------------------------- the runs and their tables
-
-
-def test_every_row_is_a_run_that_train_would_take(monkeypatch):
-    """Two rows of any experiments have the same name exactly if they have the same settings."""
-    monkeypatch.setattr(configs, "read_yaml", cache(configs.read_yaml))
-    settings = {}
-    for name, experiment in reproduce.EXPERIMENTS.items():
-        rows = experiment.rows("RLVR", 0.03) + experiment.rows("RLIF", 0.3)
-        runs = all_runs(name, seeds=1)
-        assert len(runs) == len(rows)
-        for run, (_, overrides) in runs.items():
-            assert Path(run).name == run and " " not in run
-            config = load_config(overrides)
-            train.check_methods(config)
-            assert settings.setdefault(run, config) == config
-    for run, config in settings.items():
-        assert [other for other in settings if settings[other] == config] == [run]
-
-
-def made_up(name: str) -> list[dict]:
-    """Return lines as if every run of two seeds had ended, with figures that tell them apart."""
-    training = dict.fromkeys(("seconds", "tokens/s", "length", "mem_gb"), 0.1)
+def lines_of(study: reproduce.Study) -> list[dict]:
+    """Return the lines of all runs that a study could have, whatever it chooses."""
     lines = []
-    runs = all_runs(name, seeds=2)
-    for i, (line, _) in enumerate(runs.values()):
-        row = i % (len(runs) // 4)  # of two sections with two seeds
-        metrics = {"pass@1": (row + line["seed"]) / 100, "pass@4": 0.5, "d_collapse": 0.1}
-        validation = metrics | {"pass@1": -abs((line["strength"] or 0) - 0.1)}
-        files = {"4-numbers": metrics, "validation": validation}
-        share = {"selection/fraction": line["strength"] or 0.0}
-        numbers = {"base": files, "trained": files, "training": training | share}
-        lines.append(line | {"figures": numbers})
+    for method in study.methods:
+        tuning = reproduce.tuning_lines(study, method)
+        for step in study.stops:
+            for line in tuning:
+                setting = line | {"validation": {step: {"pass@1": 0.0, "pass@16": 0.0}}}
+                lines += reproduce.test_lines(study, method, [setting])
+        lines += tuning or reproduce.test_lines(study, method, [])
     return lines
 
 
-def page(name: str, runs: list[dict]) -> str:
-    """Return table.md without the spaces that align its columns."""
-    text = tables.experiment_page(name, runs, reproduce.EXPERIMENTS[name].references)
-    return re.sub(" +", " ", text)
+@pytest.mark.parametrize("name", reproduce.STUDIES)
+def test_every_run_of_a_study_is_one_that_train_would_take(name):
+    study = reproduce.STUDIES[name]
+    names = set()
+    for line in lines_of(study):
+        run = reproduce.run_name(name, line)
+        assert Path(run).name == run and " " not in run
+        if re.sub("seed.*", "", run) not in names:  # seeds differ in nothing that matters here
+            train.check_methods(load_config(reproduce.overrides_of(study, line)))
+        names.add(re.sub("seed.*", "", run))
+    settings = {
+        tuple(line.values())[:3] + (line["steps"], line["stage"]) for line in lines_of(study)
+    }
+    assert len(settings) == len(names)
 
 
-SHOWN = {
-    # 0.1 is best on validation, and 0.03 is the common strength
-    "table1": ["| SCOPE, 0.1 | 2 |", "| SCOPE, 0.1 − Uniform, 0.1 |", "| Uniform, 0.03 − GRPO |"],
-    "figure1": ["| constant for a token, 0.1 − constant for a token, 0.05 | +0.020 ±0.000 (2/2) |"],
-    "table2": ["| Div + SCOPE − Div | +0.010 ±0.000 (2/2) |"],
-}
+def test_no_problem_of_the_toy_is_in_two_files(tmp_path):
+    reproduce.write_toy_problems(tmp_path)
+    counts = {path.stem: len(read_jsonl(path)) for path in tmp_path.glob("*.jsonl")}
+    assert counts == {f"train-{seed}": 64 for seed in (0, 1, 2, 3, 4, 1000, 1001)} | {
+        "validation": 200,
+        "4-numbers": 300,
+        "3-numbers": 150,
+        "5-numbers": 150,
+        "larger": 150,
+    }
+    keys = [problem_key(row) for path in tmp_path.glob("*.jsonl") for row in read_jsonl(path)]
+    assert len(set(keys)) == len(keys)
+    for path in tmp_path.glob("*.jsonl"):
+        sides = {is_heldout(**row) for row in read_jsonl(path)}
+        assert sides == {"train" not in path.stem}
 
 
-@pytest.mark.parametrize("name", reproduce.EXPERIMENTS)
-def test_tables_and_pictures_of_whole_and_half_results(name):
-    runs = made_up(name)
-    text = page(name, runs)
-    assert "## RLVR" in text and "## RLIF" in text
-    assert "validation" not in text.replace("highest validation", "")
-    for line in SHOWN.get(name, []):
-        assert line in text
-    pair = len(all_runs(name, seeds=1))
-    for count in (pair, 3 * pair // 4, len(runs)):  # also of an experiment that was killed
-        assert page(name, runs[:count]).startswith(f"# {name}")
-        if draw := reproduce.EXPERIMENTS[name].draw:
-            pyplot.close(draw(pyplot, runs[:count]))
-
-
-@pytest.mark.parametrize("file", RUNS, ids=lambda file: str(file.parent.relative_to(ROOT)))
-def test_committed_runs_are_those_that_would_be_run(file, tmp_path, monkeypatch):
-    """Each line is called as its row says, and has its settings and those of all runs."""
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.parametrize("file", TABLES, ids=lambda file: file.parent.name)
+def test_committed_runs_are_those_that_would_be_run(file):
+    """Each line has the settings of its study, and its choice follows from its tuning runs."""
     name = file.parent.name
-    common = reproduce.common_overrides([name], [], load_config([], reproduce.SETTINGS))
-    runs = all_runs(name)
+    study = reproduce.STUDIES[name]
     usual = read_defaults()
-    for run in read_jsonl(file):
-        line, overrides = runs[run["run"]]
-        assert line == {key: run[key] for key in line}
-        settings = dict(
-            override.split("=") for override in common + overrides
-        )  # the last one counts
-        for key in settings.keys() & run["config"].keys():
-            assert run["config"][key] == cast(key, settings[key], usual[key]), (run["run"], key)
-        assert run["config"].keys() <= usual.keys() and run["config"]["seed"] == run["seed"]
+    runs = read_jsonl(file.with_name("runs.jsonl"))
+    tested = {
+        method: [line["run"] for line in runs if line["method"] == method]
+        for method in study.methods
+    }
+    for run in runs:
+        line = reproduce.line_of(*(run[key] for key in list(run)[:6]))
+        assert line.items() <= run.items() and reproduce.run_name(name, line) == run["run"]
+        settings = dict(  # the last one of a key counts
+            override.split("=", 1) for override in reproduce.overrides_of(study, line)
+        )
+        for key in settings.keys() & run["config"].keys() & usual.keys():
+            expected = cast(key, settings[key], usual[key])
+            assert run["config"][key] == expected, (run["run"], key)
+    for method, names in tested.items():
+        whole = [line["run"] for line in runs if line["stage"] == "test"]
+        if study.tuning_seeds and names:
+            lines = reproduce.test_lines(study, method, runs)
+            assert {run for run in names if run in whole} <= {
+                reproduce.run_name(name, line) for line in lines
+            }
 
 
-def test_the_same_run_has_the_same_figures_in_every_file():
-    found = {}
-    for file in (ROOT / "results").glob("*/runs.jsonl"):
-        for run in read_jsonl(file):
-            assert found.setdefault(run["run"], run["figures"]) == run["figures"]
-
-
-@pytest.mark.parametrize("file", TABLES, ids=lambda file: str(file.parent.relative_to(ROOT)))
+@pytest.mark.parametrize("file", TABLES, ids=lambda file: file.parent.name)
 def test_committed_tables_follow_from_their_runs(file):
-    name = file.parent.name
-    experiment = reproduce.EXPERIMENTS[name]
-    runs = read_jsonl(file.parents[1] / (experiment.runs_of or name) / "runs.jsonl")
-    assert file.read_text() == tables.experiment_page(name, runs, experiment.references)
+    runs = read_jsonl(file.with_name("runs.jsonl"))
+    assert file.read_text() == tables.page(file.parent.name, runs)

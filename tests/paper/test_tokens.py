@@ -20,7 +20,8 @@ NAMES = {
     "s": "separator",
     "r": "result",
     "x": "stop",
-    "?": "other",
+    "?": "format",
+    "w": "word",
 }
 
 
@@ -34,11 +35,13 @@ NAMES = {
         ("<pad> 3 : x15 1.5", "? d ? ? ?"),
         (", 3 <eos> <eos> 4", "s d x x d"),
         ("6 / 3", "d o d"),
+        (r"= _ 7 . The answer is \ box ed { 3 7 }. 5", "s ? r ? w w w ? ? ? ? r r ? d"),
         ("", ""),
     ],
 )
 def test_roles(chain, roles):
-    found = tokens.token_roles(chain.split(), stop=["<eos>"])
+    words = [word.replace("_", " ") for word in chain.split()]  # a token may be a space
+    found = tokens.token_roles(words, stop=["<eos>"])
     assert found == [NAMES[role] for role in roles.split()]
 
 
