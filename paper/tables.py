@@ -206,14 +206,17 @@ def differences_table(
 
 
 def pairs_of(methods: dict) -> list[tuple[str, str]]:
-    """List what is compared: a method "X + SCOPE" with X, each other one with GRPO and SCOPE."""
+    """List what is compared: a method "X + SCOPE" with X, others with GRPO and SCOPE."""
     pairs = []
-    for method in methods:
-        others = ["GRPO", "SCOPE"]
-        if method.endswith(" + SCOPE"):
-            others = [method.removesuffix(" + SCOPE")]
-        pairs += [(method, other) for other in others if other in methods and other != method]
-    return sorted(pairs, key=lambda pair: pair[1])
+    for other in methods:
+        for method in methods:
+            if method.endswith(" + SCOPE"):
+                compared = other == method.removesuffix(" + SCOPE")
+            else:
+                compared = other in ("GRPO", "SCOPE") and method not in ("GRPO", other)
+            if compared:
+                pairs.append((method, other))
+    return pairs
 
 
 def page(name: str, runs: list[dict]) -> str:
