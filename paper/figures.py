@@ -89,7 +89,7 @@ def settings_picture(plot, runs: list[dict]):
             style |= {"linewidths": 1.0, "zorder": 3}
         for axis, (x, y) in zip(axes, pairs):
             axis.scatter(mean_metric(rows, x), mean_metric(rows, y), **style)
-            axis.set(xlabel=x, ylabel=y)
+            axis.set(xlabel=x.replace("pass", "Pass"), ylabel=y.replace("pass", "Pass"))
     legend_below(figure, axes[0])
     return figure
 
@@ -134,14 +134,15 @@ def curves_picture(plot, runs: list[dict]):
     """Draw accuracy and entropy of the training completions over the steps, means over seeds."""
     methods = reported(runs)
     figure, axes = plot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for axis, name in zip(axes, ("reward/accuracy", "entropy")):
+    titles = {"reward/accuracy": "accuracy of the step's completions", "entropy": "entropy (nats)"}
+    for axis, (name, title) in zip(axes, titles.items()):
         for method, of_method in methods.items():
             curve = np.mean([run["curves"][name] for run in of_method], axis=0)
             smooth = max(1, len(curve) // 20)  # of which the mean is drawn
             means = curve[: len(curve) // smooth * smooth].reshape(-1, smooth).mean(axis=1)
             x = (np.arange(len(means)) + 0.5) * smooth
             axis.plot(x, means, color=color_of(method, methods), label=method)
-        axis.set(xlabel="step", title=name)
+        axis.set(xlabel="step", title=title)
     legend_below(figure, axes[0])
     return figure
 

@@ -92,7 +92,8 @@ def pass_values(runs: list[dict], file: str, model: str, k: int) -> np.ndarray:
     """Return Pass@k of every seed and problem.  [S, P]"""
     results = [run["test"][file] for run in runs]
     counts = np.array([result["correct"][model] for result in results])
-    return pass_at_k(results[0]["samples"], counts, k)
+    samples = results[0]["samples"]
+    return pass_at_k(samples, np.arange(samples + 1), k)[counts]  # once for each count
 
 
 def metric_values(runs: list[dict], file: str, model: str, metric: str) -> np.ndarray:
@@ -228,13 +229,12 @@ def page(name: str, runs: list[dict]) -> str:
             title = f"## Chosen on validation problems, by {metric.title()}"
             parts += [title, choices_table(runs, metric)]
         parts += ["## Every rate and number of steps on validation problems", rates_table(runs)]
-    if any(run["stage"] == "test" for run in runs):
-        for metric in CHOSEN_BY if tuned else CHOSEN_BY[:1]:
-            methods = reported(runs, metric)
-            for file, ks in test_files(runs).items():
-                title = f"## {file}"
-                if tuned:
-                    title += f", settings chosen by {metric.title()}"
-                parts += [title, results_table(methods, file, ks)]
-                parts.append(differences_table(methods, pairs_of(methods), file, ks))
+    for metric in CHOSEN_BY if tuned else CHOSEN_BY[:1]:
+        methods = reported(runs, metric)
+        for file, ks in test_files(runs).items() if methods else ():
+            title = f"## {file}"
+            if tuned:
+                title += f", settings chosen by {metric.title()}"
+            parts += [title, results_table(methods, file, ks)]
+            parts.append(differences_table(methods, pairs_of(methods), file, ks))
     return "\n".join(part.rstrip("\n") + "\n" for part in parts)

@@ -34,9 +34,11 @@ def test_learning_rate():
     constant = rates("optimizer.schedule=constant", "optimizer.warmup=0.4")
     assert constant == pytest.approx([0.4, 0.8, 1.2, 1.6] + [2.0] * 6)
     cosine = [1 + math.cos(math.pi * step / 10) for step in range(10)]
-    assert rates("optimizer.warmup=0") == pytest.approx(cosine)
+    assert rates("optimizer.schedule=cosine", "optimizer.warmup=0") == pytest.approx(cosine)
     after_warmup = [1 + math.cos(math.pi * k / 7) for k in range(7)]
-    assert rates("optimizer.warmup=0.29") == pytest.approx([0.5, 1, 1.5, *after_warmup])
+    assert rates("optimizer.schedule=cosine", "optimizer.warmup=0.29") == pytest.approx(
+        [0.5, 1, 1.5, *after_warmup]
+    )
     assert rates("optimizer.warmup=1", steps=1)[0] > 0
 
 
@@ -215,7 +217,7 @@ def test_the_schedule_the_samples_and_the_base_reach_the_run(in_tmp, monkeypatch
     monkeypatch.setattr(train, "select", spy_select)
     problems = [{"numbers": [1, 2], "target": 3}, {"numbers": [2, 2], "target": 4}]
     Path("mine.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in problems))
-    settings = [*SMALL, "optimizer.lr=0.001", "reward=token_entropy"]
+    settings = [*SMALL, "optimizer.lr=0.001", "optimizer.schedule=cosine", "reward=token_entropy"]
     arguments = [*settings, "evaluation.data=[auto,mine.jsonl]"]
     train.main([*arguments, "name=spied", "log_every=3"])
     samples = read("runs/spied/samples.jsonl")

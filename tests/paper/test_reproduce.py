@@ -135,7 +135,7 @@ def check_tuning_runs(runs: list[dict]) -> None:
             assert metrics["d_collapse"] == logged[0]["eval/d_collapse"]
         assert run["config"]["optimizer.lr"] == (0.02 if run["coef"] else 0.01)
         assert run["config"]["optimizer.warmup"] == 0.1
-        assert run["config"]["selection.kl_coef"] == (run["coef"] or 0.03)
+        assert run["config"]["selection.kl_coef"] == (run["coef"] or 0.1)
 
 
 def check_test_runs(test: list[dict], runs: list[dict]) -> None:

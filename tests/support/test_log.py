@@ -66,7 +66,7 @@ def test_which_folders_are_taken_and_which_can_be_resumed(in_tmp):
         resumed = config_of(*arguments, "keep=1", "offload=true", "micro_batch_size=2")
         assert open_run_folder(resumed) == (folder, True)
         assert resumed.steps == 7
-        with pytest.raises(UserError, match="steps=7, not 8, optimizer.lr=0.0002, not 0.5: leave"):
+        with pytest.raises(UserError, match="steps=7, not 8, optimizer.lr=5e-05, not 0.5: leave"):
             open_run_folder(config_of(*arguments, "optimizer.lr=0.5", "steps=8"))
     (folder / "config.yaml").write_text("")
     with pytest.raises(UserError, match="config.yaml holds no settings"):
