@@ -23,6 +23,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,7 +64,6 @@ class Study(NamedTuple):
     # what chooses the settings
     tuning: str = ""  # of these runs
     tuning_seeds: tuple = ()
-    penalised_rates: tuple = ()  # of methods with a penalty; (): `rates`
     coefs: tuple = ()  # lambda, for methods with a penalty
 
 
@@ -87,6 +87,11 @@ OBJECTIVES = {
     "Clip-Cov": "objective=clip_cov",
 }
 
+
+def some(*names: str) -> dict[str, str]:
+    return {name: METHODS[name] for name in names}
+
+
 TOY = Study(
     # a seed draws the problems, the base model, the order, the samples and the evaluation
     overrides="data=runs/toy/train-{seed}.jsonl toy.seed={seed} evaluation.seed={seed} "
@@ -103,9 +108,30 @@ TOY = Study(
     tuning_seeds=(1000, 1001),
     coefs=(0.03, 0.1, 0.3, 1.0),
 )
-# SCOPE's setting in `toy`, on fewer seeds
+# SCOPE's setting in `toy`
 TOY_ONCE = TOY._replace(rates=(5e-5,), stops=(200,), seeds=(0, 1, 2), tuning_seeds=())
-TOY_PAIR = TOY_ONCE._replace(methods={"GRPO": METHODS["GRPO"], "SCOPE": SCOPE})
+TOY_PAIR = TOY_ONCE._replace(
+    seeds=TOY.seeds,
+    methods={
+        "GRPO": METHODS["GRPO"],
+        "GRPO, 100 steps": "selection.strategy=none steps=100 optimizer.warmup=0.2",  # its choice
+        "SCOPE": SCOPE,
+    },
+)
+SMOLLM2 = Study(
+    overrides="recipe=recipes/smollm2-135m.yaml seed={seed} evaluation.seed={seed} "
+    "save_every=5 keep=1",
+    test="evaluation.data=runs/smollm2/test.jsonl evaluation.problems=100 "
+    "evaluation.samples=64 evaluation.every=0",
+    methods=some("GRPO", "SCOPE", "Uniform", "KL-Cov", "entropy change"),
+    rates=(5e-6, 1e-5),
+    stops=(10, 20, 40),
+    seeds=(0, 1, 2),
+    tuning="evaluation.data=runs/smollm2/validation.jsonl evaluation.problems=100 "
+    "evaluation.samples=16 evaluation.samples_between=16 evaluation.every=10",
+    tuning_seeds=(1000,),
+    coefs=(0.1, 0.3, 1.0),
+)
 
 
 def with_scope() -> dict[str, str]:
@@ -129,24 +155,12 @@ def shares() -> dict[str, str]:
     return methods
 
 
-def some(*names: str) -> dict[str, str]:
-    return {name: METHODS[name] for name in names}
-
-
 STUDIES = {
-    "smollm2": Study(
-        overrides="recipe=recipes/smollm2-135m.yaml seed={seed} save_every=5 keep=1",
-        test="evaluation.data=runs/smollm2/test.jsonl evaluation.problems=100 "
-        "evaluation.samples=64 evaluation.every=0",
-        methods=some("GRPO", "SCOPE", "Uniform", "KL-Cov", "entropy change"),
-        rates=(5e-6, 1e-5),
-        stops=(20, 40),
-        seeds=(0, 1, 2),
-        tuning="evaluation.data=runs/smollm2/validation.jsonl evaluation.problems=50 "
-        "evaluation.samples=16 evaluation.samples_between=16 evaluation.every=20",
-        tuning_seeds=(1000,),
-        penalised_rates=(1e-5,),  # GRPO's choice; a run takes 20 minutes or more
-        coefs=(0.1, 0.3, 1.0),
+    "smollm2": SMOLLM2,
+    "smollm2-rlif": SMOLLM2._replace(  # without a verifier
+        overrides=f"{SMOLLM2.overrides} reward=self_certainty",
+        methods=some("GRPO", "SCOPE"),
+        rates=(2e-6, 5e-6),
     ),
     "toy": TOY,
     "rlif": TOY._replace(  # without a verifier
@@ -242,27 +256,26 @@ def overrides_of(study: Study, line: dict) -> list[str]:
     return f"{common} {stage} {own} {study.methods[line['method']]}".split()
 
 
-def tuning_lines(study: Study, method: str) -> list[dict]:
-    """List the runs that choose a method's settings: every rate and lambda."""
-    penalised = "strategy=none" not in study.methods[method]
-    rates = study.penalised_rates or study.rates if penalised else study.rates
-    coefs = study.coefs if penalised else (0.0,)
+def tuning_lines(study: Study) -> list[dict]:
+    """List the runs that choose each method's settings: every rate and lambda."""
     lines = []
-    for seed in study.tuning_seeds:
-        for rate in rates:
-            for coef in coefs:
+    for method, overrides in study.methods.items():
+        penalised = "strategy=none" not in overrides
+        for seed, rate in product(study.tuning_seeds, study.rates):
+            for coef in study.coefs if penalised else (0.0,):
                 lines.append(line_of(method, rate, coef, seed, max(study.stops), "tuning"))
     return lines
 
 
-def test_lines(study: Study, method: str, runs: list[dict]) -> list[dict]:
-    """List the runs that are reported: a method's choices, on the seeds."""
-    settings = [(method, study.rates[0], 0.0, study.stops[0])]
-    if study.tuning_seeds:
-        settings = dict.fromkeys(choose(runs, metric)[method] for metric in CHOSEN_BY)
+def test_lines(study: Study, runs: list[dict]) -> list[dict]:
+    """List the runs that are reported: each method's choices, on the seeds."""
+    choices = [choose(runs, metric) for metric in CHOSEN_BY]
     lines = []
-    for _, rate, coef, step in settings:
-        for seed in study.seeds:
+    for method in study.methods:
+        settings = [(method, study.rates[0], 0.0, study.stops[0])]
+        if study.tuning_seeds:
+            settings = dict.fromkeys(choice[method] for choice in choices)
+        for (_, rate, coef, step), seed in product(settings, study.seeds):
             lines.append(line_of(method, rate, coef, seed, step, "test"))
     return lines
 
@@ -320,9 +333,9 @@ def launch(folder: Path, overrides: list, ranks: int, devices: list) -> dict:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": visible}
     with open(f"{folder}.log", "a") as log:
         run = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-    devices.append(visible)
     if run.returncode:
         raise RunError(f"a run failed: see {folder}.log; then give the same command again")
+    devices.append(visible)  # not after an error, so that no further run starts there
     config = read_run_config(folder)
     settings = {key: config[key] for key in config.keys() - FREE_ON_RESUME}
     return {"config": settings} | versions()
@@ -355,9 +368,8 @@ def finish(name: str, lines: list[dict], others: list[str], config) -> list[dict
         return line | summarise(folder, line["stage"], study.stops) | about
 
     with ThreadPoolExecutor(config.jobs) as pool:
-        new = pool.map(run_line, missing)  # after an error no further run starts
-        title = f"{name}, {missing[0]['method']}, {missing[0]['stage']}"
-        for line in tqdm(new, desc=title, total=len(missing)):
+        new = pool.map(run_line, missing)
+        for line in tqdm(new, desc=f"{name}, {missing[0]['stage']}", total=len(missing)):
             runs.append(line)
             write_jsonl(results, runs)
             folder = Path("runs") / line["run"]
@@ -381,9 +393,8 @@ def main(arguments: list[str]) -> None:
         with lock(Path("runs/reproduce.lock")):
             if "runs/toy/" in study.overrides:
                 write_toy_problems(Path("runs/toy"))
-            for method in study.methods:
-                runs = finish(what, tuning_lines(study, method), others, config)
-                finish(what, test_lines(study, method, runs), others, config)
+            runs = finish(what, tuning_lines(study), others, config)
+            finish(what, test_lines(study, runs), others, config)
     out = Path(load_config(arguments, SETTINGS).out)
     for name in STUDIES:
         runs = read_jsonl(out / name / "runs.jsonl")
