@@ -130,7 +130,7 @@ SMOLLM2 = Study(
     tuning="evaluation.data=runs/smollm2/validation.jsonl evaluation.problems=100 "
     "evaluation.samples=16 evaluation.samples_between=16 evaluation.every=10",
     tuning_seeds=(1000,),
-    coefs=(0.1, 0.3, 1.0),
+    coefs=(0.03, 0.1, 0.3, 1.0),
 )
 
 
