@@ -130,7 +130,7 @@ SMOLLM2 = Study(
     tuning="evaluation.data=runs/smollm2/validation.jsonl evaluation.problems=100 "
     "evaluation.samples=16 evaluation.samples_between=16 evaluation.every=10",
     tuning_seeds=(1000,),
-    coefs=(0.03, 0.1, 0.3, 1.0),
+    coefs=(0.1, 0.3, 1.0),
 )
 
 
@@ -157,10 +157,18 @@ def shares() -> dict[str, str]:
 
 STUDIES = {
     "smollm2": SMOLLM2,
-    "smollm2-rlif": SMOLLM2._replace(  # without a verifier
+    # begun because every selection chose the lowest λ; the lower rate was never chosen
+    "smollm2-weak": SMOLLM2._replace(
+        methods=some("SCOPE", "Uniform", "KL-Cov", "entropy change"), rates=(1e-5,), coefs=(0.03,)
+    ),
+    # without a verifier, once
+    "smollm2-rlif": SMOLLM2._replace(
         overrides=f"{SMOLLM2.overrides} reward=self_certainty",
-        methods=some("GRPO", "SCOPE"),
-        rates=(2e-6, 5e-6),
+        methods={"GRPO": METHODS["GRPO"], "SCOPE": SCOPE},
+        rates=(5e-6,),
+        stops=(40,),
+        seeds=(0,),
+        tuning_seeds=(),
     ),
     "toy": TOY,
     "rlif": TOY._replace(  # without a verifier
@@ -174,7 +182,7 @@ STUDIES = {
     "table2": TOY_ONCE._replace(methods=with_scope()),
     "figure1": TOY_ONCE._replace(methods=shares()),
     # Appendix C.2: the size of the model
-    "small": TOY_PAIR._replace(overrides=f"{TOY.overrides} toy.hidden=48 toy.layers=2"),
+    "small": TOY_PAIR._replace(overrides=f"{TOY.overrides} toy.hidden=64"),
     "large": TOY_PAIR._replace(overrides=f"{TOY.overrides} toy.hidden=192 toy.layers=4"),
     # Appendix D.1: how long the base model was trained
     "short": TOY_PAIR._replace(overrides=f"{TOY.overrides} toy.updates=600"),
