@@ -176,16 +176,22 @@ def start_wandb(folder: Path, project: str, flat: dict):
     )
 
 
+def git(*arguments: str) -> str:
+    """Return what git says about this repository, and "" where there is no git."""
+    command = ["git", *arguments]
+    try:
+        output = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True)
+    except OSError:
+        return ""
+    return output.stdout.decode().strip()
+
+
 def versions() -> dict[str, str]:
     """Return the commit of this repository, the versions of its libraries, and the device."""
-    commit = ""
-    try:
-        describe = ["git", "describe", "--always", "--dirty"]
-        commit = subprocess.run(
-            describe, cwd=Path(__file__).parent, capture_output=True, text=True
-        ).stdout.strip()
-    except OSError:  # git is not installed
-        pass
+    commit = git("describe", "--always")
+    # runs add to results/ themselves
+    if git("diff", "--name-only", "HEAD", "--", ".", ":!results"):
+        commit += "-dirty"
     device = f"cpu ({platform.machine()})"
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()

@@ -1,6 +1,7 @@
 """A run's folder: its name, what may be resumed, logs, the model card, Weights & Biases."""
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -135,3 +136,21 @@ def test_a_machine_without_git(monkeypatch):
     assert json.dumps(expected)
     monkeypatch.setenv("PATH", "")
     assert versions() == expected
+
+
+def test_results_do_not_make_a_commit_dirty(tmp_path, monkeypatch):
+    def run_git(*arguments):
+        subprocess.run(["git", "-C", tmp_path, *arguments], check=True, capture_output=True)
+
+    for folder in ("support", "results"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "file").write_text("before")
+    run_git("init")
+    run_git("add", ".")
+    run_git("-c", "user.name=x", "-c", "user.email=x", "commit", "-m", "x")
+    monkeypatch.setattr("support.log.__file__", str(tmp_path / "support/log.py"))
+    clean = versions()["commit"]
+    (tmp_path / "results/file").write_text("after")
+    assert clean and versions()["commit"] == clean
+    (tmp_path / "support/file").write_text("after")
+    assert versions()["commit"] == f"{clean}-dirty"
