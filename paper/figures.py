@@ -135,10 +135,11 @@ def curves_picture(plot, runs: list[dict]):
     methods = reported(runs)
     figure, axes = plot.subplots(1, 2, figsize=(10, 4), layout="constrained")
     titles = {"reward/accuracy": "accuracy of the step's completions", "entropy": "entropy (nats)"}
+    longest = max(len(of_method[0]["curves"]["entropy"]) for of_method in methods.values())
+    smooth = max(1, longest // 20)  # of so many steps the mean is drawn
     for axis, (name, title) in zip(axes, titles.items()):
         for method, of_method in methods.items():
             curve = np.mean([run["curves"][name] for run in of_method], axis=0)
-            smooth = max(1, len(curve) // 20)  # of which the mean is drawn
             means = curve[: len(curve) // smooth * smooth].reshape(-1, smooth).mean(axis=1)
             x = (np.arange(len(means)) + 0.5) * smooth
             axis.plot(x, means, color=color_of(method, methods), label=method)

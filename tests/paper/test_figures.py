@@ -56,6 +56,12 @@ def test_curves_are_means_over_seeds_and_neighbouring_steps():
     assert accuracy.lines[1].get_ydata() == pytest.approx([2 * 0.125 * 1.5] * 25)
     assert accuracy.lines[1].get_xdata()[:2].tolist() == [1.0, 3.0]
     assert entropy.lines[0].get_ydata() == pytest.approx([0.5] * 25)
+    # a shorter run is smoothed over as many steps
+    short = [
+        run | {"curves": {"reward/accuracy": [0.5] * 10, "entropy": [0.5] * 10}} for run in RUNS
+    ]
+    accuracy, _ = figures.curves_picture(pyplot, RUNS[:4] + short[4::2] + RUNS[5::2]).axes
+    assert sorted(len(line.get_xdata()) for line in accuracy.lines) == [5, 25]
 
 
 def test_a_study_has_the_pictures_that_it_can_have():
