@@ -697,6 +697,7 @@ def describe(
     parameters = sum(p.numel() for p in model.parameters())
     defaults = read_defaults()
     changed = [f"{key}={value}" for key, value in flatten(config).items() if value != defaults[key]]
+    changed = [setting.replace("\n", "\\n") for setting in changed]  # a prompt may have lines
     return (
         f"settings other than in config.yaml: {', '.join(changed) or 'none'}\n"
         f"model: {parameters:,} parameters, vocabulary {model.config.vocab_size:,}, "

@@ -124,12 +124,14 @@ def choices_table(runs: list[dict], metric: str) -> str:
     """Write which setting each method got, and its metrics on the validation problems."""
     settings = settings_of(runs)
     metrics = validation_metrics(settings)
+    choices = choose(runs, metric)
     lines = []
-    for method, setting in choose(runs, metric).items():
+    for method in dict.fromkeys(method for method, *_ in settings):
+        setting = choices[method]
         _, rate, coef, step = setting
         means = [f"{mean_metric(settings[setting], metric):.3f}" for metric in metrics]
         lines.append([method, f"{rate:g}", f"{coef:g}", str(step), *means])
-    return markdown_table(["method", "rate", "λ", "steps", *metrics], sorted(lines))
+    return markdown_table(["method", "rate", "λ", "steps", *metrics], lines)
 
 
 def rates_table(runs: list[dict]) -> str:
@@ -138,7 +140,7 @@ def rates_table(runs: list[dict]) -> str:
     one, largest, *_ = validation_metrics(settings)
     columns = sorted({(rate, step) for _, rate, _, step in settings})
     lines = []
-    for method in sorted({setting[0] for setting in settings}):
+    for method in dict.fromkeys(method for method, *_ in settings):
         cells = []
         for column in columns:
             there = [
