@@ -196,11 +196,13 @@ def differences_table(
     lines = []
     comparisons = len(pairs) * len(ks)
     for method, other in pairs:
-        count = min(len(methods[method]), len(methods[other]))  # while runs are missing
+        model = "base" if other == "base model" else "trained"
+        others = methods.get(other, methods[method])
+        count = min(len(methods[method]), len(others))  # while runs are missing
         cells = []
         for k in ks:
             gap = pass_values(methods[method][:count], file, "trained", k)
-            gap = gap - pass_values(methods[other][:count], file, "trained", k)
+            gap = gap - pass_values(others[:count], file, model, k)
             _, low, high = interval(gap, comparisons)
             star = " *" if low > 0 or high < 0 else ""
             cells.append(with_interval(gap, "+") + star)
@@ -209,8 +211,12 @@ def differences_table(
 
 
 def pairs_of(methods: dict) -> list[tuple[str, str]]:
-    """List what is compared: a method "X + SCOPE" with X, others with GRPO and SCOPE."""
-    pairs = []
+    """List what is compared.
+
+    A method "X + SCOPE" is compared with X, others with GRPO and SCOPE, and these two with the
+    base model.
+    """
+    pairs = [(method, "base model") for method in ("GRPO", "SCOPE") if method in methods]
     for other in methods:
         for method in methods:
             if method.endswith(" + SCOPE"):
@@ -233,6 +239,9 @@ def page(name: str, runs: list[dict]) -> str:
         parts += ["## Every rate and number of steps on validation problems", rates_table(runs)]
     for metric in CHOSEN_BY if tuned else CHOSEN_BY[:1]:
         methods = reported(runs, metric)
+        stopped = reported(runs, CHOSEN_BY[1]).get("GRPO")
+        if metric == "pass@1" and stopped and stopped != methods.get("GRPO"):
+            methods["GRPO by Pass@16"] = stopped
         for file, ks in test_files(runs).items() if methods else ():
             title = f"## {file}"
             if tuned:

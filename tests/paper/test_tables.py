@@ -50,24 +50,29 @@ def test_the_bootstrap_knows_both_sources():
 
 def test_the_page_by_hand():
     runs = [
-        tuning_run("GRPO", 1e-5, 0.0, 5, step20=0.5),
+        tuning_run("GRPO", 1e-5, 0.0, 5, step20=0.5, step40=0.1),  # 40: the choice by Pass@16
         tuning_run("SCOPE", 1e-5, 0.1, 5, step20=0.25),
     ]
     runs.append(tuning_run("SCOPE", 1e-5, 0.3, 5, step20=0.125))  # the choice by Pass@16
     for seed in (0, 1):
         runs += [reported_run("GRPO", seed, [1, 1]), reported_run("SCOPE", seed, [2, 2], coef=0.1)]
         runs += [reported_run("SCOPE", seed, [1, 4], coef=0.3)]
+        runs += [reported_run("GRPO", seed, [1, 0], steps=40)]
     cells = cells_of(tables.page("x", runs))
     chosen, chosen_by_16, rates, first, second = cells["SCOPE"]
     assert chosen == ["1e-05", "0.1", "20", "0.250", "0.750", "0.250", "0.500"]
     assert chosen_by_16[1] == "0.3"
-    assert rates == ["0.250 / 0.750"] and cells["GRPO"][2] == ["0.500 / 0.500"]
+    assert rates == ["0.250 / 0.750", ""]
+    assert cells["GRPO"][2] == ["0.500 / 0.500", "0.100 / 0.900"]
     assert cells["base model"][0][:3] == ["2", "0.000 [0.000, 0.000]", "0.000 [0.000, 0.000]"]
     assert cells["GRPO"][3][1] == "0.250 [0.250, 0.250]"
     assert cells["GRPO"][3][3].startswith("0.150 [0.")
     assert first[1] == "0.500 [0.500, 0.500]" and second[1].startswith("0.625 [")
     assert cells["SCOPE − GRPO"][0] == ["+0.250 [+0.250, +0.250] *", "+0.000 [+0.000, +0.000]"]
     assert not cells["SCOPE − GRPO"][1][0].endswith("*")  # two problems that disagree
+    assert cells["SCOPE − base model"][0][0] == "+0.500 [+0.500, +0.500] *"
+    (by_16,) = cells["GRPO by Pass@16 − GRPO"]
+    assert by_16[0].startswith("-0.125 [") and cells["GRPO"][4] == cells["GRPO by Pass@16"][0]
 
 
 def test_gains():
@@ -84,6 +89,8 @@ def test_gains():
 def test_what_is_compared():
     methods = ["GRPO", "SCOPE", "Uniform", "Div", "Div + SCOPE"]
     assert [f"{one} - {other}" for one, other in tables.pairs_of(methods)] == [
+        "GRPO - base model",
+        "SCOPE - base model",
         "SCOPE - GRPO",
         "Uniform - GRPO",
         "Div - GRPO",
