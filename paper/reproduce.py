@@ -157,10 +157,8 @@ def shares() -> dict[str, str]:
 
 STUDIES = {
     "smollm2": SMOLLM2,
-    # begun because every selection chose the lowest λ; the lower rate was never chosen
-    "smollm2-weak": SMOLLM2._replace(
-        methods=some("SCOPE", "Uniform", "KL-Cov", "entropy change"), rates=(1e-5,), coefs=(0.03,)
-    ),
+    # every selection chose the lowest λ, and no method the lower rate; GRPO's runs are the same
+    "smollm2-weak": SMOLLM2._replace(rates=(1e-5,), coefs=(0.03,)),
     # without a verifier, once
     "smollm2-rlif": SMOLLM2._replace(
         overrides=f"{SMOLLM2.overrides} reward=self_certainty",
