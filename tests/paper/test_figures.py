@@ -60,7 +60,7 @@ def test_curves_are_means_over_seeds_and_neighbouring_steps():
     short = [
         run | {"curves": {"reward/accuracy": [0.5] * 10, "entropy": [0.5] * 10}} for run in RUNS
     ]
-    accuracy, _ = figures.curves_picture(pyplot, RUNS[:4] + short[4::2] + RUNS[5::2]).axes
+    accuracy, _ = figures.curves_picture(pyplot, RUNS[::2] + RUNS[1:2] + short[3::2]).axes
     assert sorted(len(line.get_xdata()) for line in accuracy.lines) == [5, 25]
 
 
