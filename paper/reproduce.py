@@ -157,7 +157,7 @@ def shares() -> dict[str, str]:
 
 STUDIES = {
     "smollm2": SMOLLM2,
-    # every selection chose the lowest λ, and no method the lower rate; GRPO's runs are the same
+    # a weaker penalty, because every selection chose the lowest λ; GRPO's runs are those of smollm2
     "smollm2-weak": SMOLLM2._replace(rates=(1e-5,), coefs=(0.03,)),
     # without a verifier, once
     "smollm2-rlif": SMOLLM2._replace(
