@@ -4,7 +4,6 @@ import json
 import math
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -397,16 +396,14 @@ def test_real_runs(tmp_path):
     alone = start(tmp_path, ROOT / "train.py", *REAL, "name=alone")
     printed, errors = alone.communicate(timeout=300)
     assert alone.returncode == 0, errors
-    with socket.socket() as free:  # only now, or another process could take the port meanwhile
-        free.bind(("localhost", 0))
-        endpoint = f"--rdzv_endpoint=localhost:{free.getsockname()[1]}"
     node = [
         "-m",
         "torch.distributed.run",
         "--nnodes=2",
         "--nproc_per_node=2",
         "--rdzv_backend=c10d",
-        endpoint,
+        "--rdzv_conf=store_type=file",  # a free port could be taken before torchrun binds it
+        f"--rdzv_endpoint={tmp_path}/nodes",
         ROOT / "train.py",
         *REAL,
         "name=ranks",
