@@ -108,15 +108,21 @@ TOY = Study(
     tuning_seeds=(1000, 1001),
     coefs=(0.03, 0.1, 0.3, 1.0),
 )
-# SCOPE's setting in `toy`
-TOY_ONCE = TOY._replace(rates=(5e-5,), stops=(200,), seeds=(0, 1, 2), tuning_seeds=())
+# one setting, that of SCOPE in `toy`; problems like those of training, and harder ones
+TOY_ONCE = TOY._replace(
+    test="evaluation.data=[runs/toy/4-numbers.jsonl,runs/toy/5-numbers.jsonl] "
+    "evaluation.problems=300 evaluation.samples=128 evaluation.every=0",
+    rates=(5e-5,),
+    stops=(200,),
+    seeds=(0, 1, 2),
+    tuning_seeds=(),
+)
 TOY_PAIR = TOY_ONCE._replace(
-    seeds=TOY.seeds,
     methods={
         "GRPO": METHODS["GRPO"],
         "GRPO, 100 steps": "selection.strategy=none steps=100 optimizer.warmup=0.2",  # its choice
         "SCOPE": SCOPE,
-    },
+    }
 )
 SMOLLM2 = Study(
     overrides="recipe=recipes/smollm2-135m.yaml seed={seed} evaluation.seed={seed} "
@@ -178,12 +184,14 @@ STUDIES = {
         coefs=(0.1, 0.3, 1.0),
     ),
     "table2": TOY_ONCE._replace(methods=with_scope()),
-    "figure1": TOY_ONCE._replace(methods=shares()),
+    "figure1": TOY_ONCE._replace(methods=shares(), seeds=(0, 1)),
     # Appendix C.2: the size of the model
     "small": TOY_PAIR._replace(overrides=f"{TOY.overrides} toy.hidden=64"),
     "large": TOY_PAIR._replace(overrides=f"{TOY.overrides} toy.hidden=192 toy.layers=4"),
     # Appendix D.1: how long the base model was trained
-    "short": TOY_PAIR._replace(overrides=f"{TOY.overrides} toy.updates=600"),
+    "short": TOY_PAIR._replace(
+        overrides=f"{TOY.overrides} toy.updates=600", test=TOY.test, seeds=TOY.seeds
+    ),
     "long": TOY_PAIR._replace(overrides=f"{TOY.overrides} toy.updates=3000"),
     # Appendix D.2: what the base model does not solve in many samples
     "boundary": TOY_PAIR._replace(
