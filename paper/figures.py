@@ -6,6 +6,7 @@
 drawn; `plot` is matplotlib.pyplot.
 """
 
+import re
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from paper.tables import (
     choose,
     interval,
     mean_metric,
+    metric_values,
     pass_values,
     reported,
     settings_of,
@@ -148,12 +150,50 @@ def curves_picture(plot, runs: list[dict]):
     return figure
 
 
+def shares_of(methods: dict) -> dict[str, dict[float, list[dict]]]:
+    """Return {label of λ: {q in per cent: runs}} of the methods called "λ = 0.1, q = 5 %"."""
+    shares: dict[str, dict] = {}
+    for method, of_method in methods.items():
+        name = re.fullmatch("(λ = .*), q = (.*) %", method)
+        if name:
+            shares.setdefault(name[1], {})[float(name[2])] = of_method
+    return shares
+
+
+def shares_picture(plot, runs: list[dict]):
+    """Draw Pass@k and d_collapse over the share q of tokens that pay, for each λ (Figure 1)."""
+    methods = reported(runs)
+    lines = shares_of(methods)
+    shares = list(next(iter(lines.values())))
+    file, ks = next(iter(test_files(runs).items()))
+    figure, axes = plot.subplots(1, 3, figsize=(11, 4), layout="constrained")
+
+    def values(of_method: list[dict], title: str) -> np.ndarray:
+        if title == "d_collapse":
+            return metric_values(of_method, file, "trained", title)
+        return pass_values(of_method, file, "trained", int(title.removeprefix("Pass@")))
+
+    for axis, title in zip(axes, ("Pass@1", f"Pass@{ks[-1]}", "d_collapse")):
+        for i, (label, by_share) in enumerate(lines.items()):
+            points = [values(by_share[share], title) for share in shares]
+            draw_band(axis, shares, points, f"C{i}", label)
+        grpo = values(methods["GRPO"], title)
+        draw_band(axis, shares, [grpo] * len(shares), COLORS["GRPO"], "GRPO")
+        axis.set_xscale("log")
+        axis.set_xticks(shares, [f"{share:g}" for share in shares])
+        axis.set(title=title, xlabel="tokens that pay (%)")
+    legend_below(figure, axes[0])
+    return figure
+
+
 def pictures_of(runs: list[dict]) -> dict:
     """Return {file name: function that draws it} of a study."""
     drawings = {}
     if any(run["stage"] == "tuning" for run in runs):
         drawings["settings.png"] = settings_picture
     methods = reported(runs)
+    if shares_of(methods):
+        return {"shares.png": shares_picture}
     if methods:
         drawings["curves.png"] = curves_picture
     if {"GRPO", "SCOPE"} <= methods.keys():
