@@ -194,7 +194,7 @@ def pictures_of(runs: list[dict]) -> dict:
     methods = reported(runs)
     if shares_of(methods):
         return {"shares.png": shares_picture}
-    if methods:
+    if 0 < len(methods) <= len(COLORS):  # more curves could not be told apart
         drawings["curves.png"] = curves_picture
     if {"GRPO", "SCOPE"} <= methods.keys():
         drawings["pass_at_k.png"] = pass_at_k

@@ -88,6 +88,8 @@ def test_a_study_has_the_pictures_that_it_can_have():
     assert list(figures.pictures_of(RUNS)) == everything
     assert list(figures.pictures_of(RUNS[:2])) == everything[:1]
     assert list(figures.pictures_of(RUNS[2::2])) == ["curves.png"]
+    many = [run | {"method": f"method {i}"} for i, run in enumerate(RUNS[2:] + RUNS[2:])]
+    assert list(figures.pictures_of(many)) == []
 
 
 def test_training_curves(tmp_path, monkeypatch, capsys):
