@@ -161,7 +161,7 @@ def shares_of(methods: dict) -> dict[str, dict[float, list[dict]]]:
 
 
 def shares_picture(plot, runs: list[dict]):
-    """Draw Pass@k and d_collapse over the share q of tokens that pay, for each λ (Figure 1)."""
+    """Draw Pass@k and d_collapse, minus GRPO's, over the share q of tokens that pay (Figure 1)."""
     methods = reported(runs)
     lines = shares_of(methods)
     shares = list(next(iter(lines.values())))
@@ -174,14 +174,14 @@ def shares_picture(plot, runs: list[dict]):
         return pass_values(of_method, file, "trained", int(title.removeprefix("Pass@")))
 
     for axis, title in zip(axes, ("Pass@1", f"Pass@{ks[-1]}", "d_collapse")):
-        for i, (label, by_share) in enumerate(lines.items()):
-            points = [values(by_share[share], title) for share in shares]
-            draw_band(axis, shares, points, f"C{i}", label)
         grpo = values(methods["GRPO"], title)
-        draw_band(axis, shares, [grpo] * len(shares), COLORS["GRPO"], "GRPO")
+        for i, (label, by_share) in enumerate(lines.items()):
+            gaps = [values(by_share[share], title) - grpo for share in shares]
+            draw_band(axis, shares, gaps, f"C{i}", label)
+        axis.axhline(0, color=COLORS["GRPO"], linewidth=1, label="GRPO")
         axis.set_xscale("log")
         axis.set_xticks(shares, [f"{share:g}" for share in shares])
-        axis.set(title=title, xlabel="tokens that pay (%)")
+        axis.set(title=f"{title}, difference to GRPO", xlabel="tokens that pay (%)")
     legend_below(figure, axes[0])
     return figure
 

@@ -64,7 +64,7 @@ def test_curves_are_means_over_seeds_and_neighbouring_steps():
     assert sorted(len(line.get_xdata()) for line in accuracy.lines) == [5, 25]
 
 
-def test_shares_are_drawn_for_each_lambda_beside_grpo():
+def test_shares_are_drawn_for_each_lambda_against_grpo():
     runs = [run for run in RUNS if run["stage"] == "test" and run["method"] == "GRPO"]
     for coef, share, correct in (
         (0.1, 1, [2, 1]),
@@ -72,15 +72,15 @@ def test_shares_are_drawn_for_each_lambda_beside_grpo():
         (0.3, 1, [3, 4]),
         (0.3, 50, [0, 0]),
     ):
-        runs += [reported_run(f"λ = {coef}, q = {share} %", seed, correct) for seed in (0, 1)]
+        runs += [reported_run(f"λ = {coef}, q = {share} %", seed, correct) for seed in (0, 1, 2)]
     assert list(figures.pictures_of(runs)) == ["shares.png"]
     one, four, collapse = figures.shares_picture(pyplot, runs).axes
     assert [line.get_label() for line in one.lines] == ["λ = 0.1", "λ = 0.3", "GRPO"]
-    assert one.lines[0].get_xydata().tolist() == [[1, 0.375], [50, 1.0]]
-    assert one.lines[1].get_ydata().tolist() == [0.875, 0.0]
-    assert one.lines[2].get_ydata().tolist() == [0.25, 0.25]
-    assert four.lines[1].get_ydata().tolist() == [1.0, 0.0]
-    assert collapse.get_title() == "d_collapse" and len(collapse.lines) == 3
+    # GRPO's Pass@1 is 0.25 and its Pass@4 is 1
+    assert one.lines[0].get_xydata().tolist() == [[1, 0.125], [50, 0.75]]
+    assert one.lines[1].get_ydata().tolist() == [0.625, -0.25]
+    assert four.lines[1].get_ydata().tolist() == [0.0, -1.0]
+    assert collapse.get_title() == "d_collapse, difference to GRPO" and len(collapse.lines) == 3
 
 
 def test_a_study_has_the_pictures_that_it_can_have():
