@@ -81,7 +81,7 @@ def interval(values: np.ndarray, comparisons: int = 1) -> tuple[float, float, fl
     """
     seeds, problems = values.shape
     mean = float(values.mean())
-    means = (resamples(seeds, 0) @ values * resamples(problems, 1)).sum(axis=1)
+    means = (resamples(problems, 1) @ values.T * resamples(seeds, 0)).sum(axis=1)
     tail = 0.025 / comparisons
     stretch = (seeds / max(seeds - 1, 1)) ** 0.5
     low, high = mean + stretch * (np.quantile(means, [tail, 1 - tail]) - mean)
