@@ -183,6 +183,14 @@ STUDIES = {
         tuning=TOY.tuning.replace("every=50", "every=25"),
         coefs=(0.1, 0.3, 1.0),
     ),
+    # the selections of the paper with the λ of SCOPE, which is the default
+    "table1": TOY_ONCE._replace(
+        methods=some("GRPO", "Uniform", "Forking", "Non-Forking", "KL-Cov", "SCOPE")
+        | {
+            "Positive-Adv.": "selection.strategy=positive",
+            "Fork + Adv.": "selection.strategy=forking_positive",
+        }
+    ),
     "table2": TOY_ONCE._replace(methods=with_scope()),
     "figure1": TOY_ONCE._replace(methods=shares(), seeds=(0, 1)),
     # Appendix C.2: the size of the model
