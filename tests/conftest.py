@@ -44,5 +44,5 @@ def in_tmp(tmp_path, monkeypatch):
 
 def pytest_collection_modifyitems(items):
     """Begin with the tests that start processes, so that none of them is left for the end."""
-    slow = ("real_runs", "two_ranks", "killed", "terminated", "the_command")
+    slow = ("real_runs", "two_ranks", "killed", "terminated")
     items.sort(key=lambda item: not any(word in item.name for word in slow))

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import traceback
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -23,6 +24,7 @@ import data
 import train
 from rewards import REWARDS, grade
 from rollout import Rollout, sample
+from support import distributed
 from support.config import load_config
 from support.distributed import World
 from train import MicroBatchLoss, Run, draw_problems
@@ -31,30 +33,24 @@ ROOT = Path(__file__).parents[1]
 ALONE = World()
 VOCABULARY = 40
 # A run of the toy model with a few weights, which takes a second.
-SMALL = [
-    "toy.layers=1",
-    "toy.hidden=16",
-    "toy.updates=3",
-    "toy.batch=8",
-    "prompts_per_step=4",
-    "group_size=4",
-    "max_new_tokens=12",
-    "evaluation.problems=3",
-    "evaluation.samples=4",
-    "evaluation.samples_between=2",
-    "evaluation.every=2",
-    "log_every=1",
-    "save_every=2",
-    "steps=4",
-    "countdown_problems=50",
-    "selection.fraction=0.3",
-    "optimizer.lr=0.01",
-]
+SMALL = (
+    "toy.layers=1 toy.hidden=16 toy.updates=3 toy.batch=8 prompts_per_step=4 group_size=4 "
+    "max_new_tokens=12 evaluation.problems=3 evaluation.samples=4 evaluation.samples_between=2 "
+    "evaluation.every=2 log_every=1 save_every=2 steps=4 countdown_problems=50 "
+    "selection.fraction=0.3 optimizer.lr=0.01"
+).split()
 ARCHITECTURES = {
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "llama": (LlamaConfig, LlamaForCausalLM),
     "mistral": (MistralConfig, MistralForCausalLM),
 }
+
+
+class Bf16World(World):
+    """A World whose autocast is that of CUDA, on a CPU."""
+
+    def autocast(self):
+        return torch.autocast("cpu", dtype=torch.bfloat16)
 
 
 def tiny_model(architecture: str = "qwen2", *, seed: int = 0, spread: float = 1.5, **changes):
@@ -82,6 +78,12 @@ def tiny_model(architecture: str = "qwen2", *, seed: int = 0, spread: float = 1.
             if parameter.ndim == 2:
                 parameter.mul_(spread * 3)
     return model.eval()
+
+
+def write_jsonl(path: Path, rows: list) -> str:
+    """Write rows as a .jsonl file and return its name."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
 
 
 def config_of(*arguments):
@@ -152,20 +154,49 @@ def assert_same_gradient(a, b, tolerance=1e-6):
     assert error <= tolerance, error
 
 
-def run_copy(command, *, stdout, stderr, env):
-    """Do what `python train.py ...` does in a copy of this process, which has imported it all."""
-    assert command[:2] == [sys.executable, f"{ROOT}/train.py"]
+def fork(function) -> int:
+    """Call a function in a copy of this process, which has imported all; return its number."""
     child = os.fork()
     if child == 0:
         status = 1
         try:
-            with open(stdout.name, "a", buffering=1) as log, redirect_stdout(log):
-                train.main(command[2:])
+            function()
             status = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(status)
-    _, status = os.waitpid(child, 0)
-    return subprocess.CompletedProcess(command, os.waitstatus_to_exitcode(status))
+    return child
+
+
+def exit_code(child: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def run_copy(command, *, stdout, stderr, env):
+    """Do what `python train.py ...` does in a copy of this process."""
+    assert command[:2] == [sys.executable, f"{ROOT}/train.py"]
+
+    def run():
+        with open(stdout.name, "a", buffering=1) as log, redirect_stdout(log):
+            train.main(command[2:])
+
+    return subprocess.CompletedProcess(command, exit_code(fork(run)))
+
+
+def on_two_ranks(function, folder):
+    """Call a function in two copies of this process, which are the ranks of a group."""
+    variables = "RANK={0} LOCAL_RANK={0} WORLD_SIZE=2 LOCAL_WORLD_SIZE=2"
+
+    def be_rank(rank):
+        os.environ |= dict(pair.split("=") for pair in variables.format(rank).split())
+        store = torch.distributed.FileStore(f"{folder}/store", 2)
+        ranks = {"store": store, "rank": rank, "world_size": 2}
+        distributed.find_ranks = lambda timeout: ranks
+        function()
+
+    children = [fork(lambda: be_rank(0)), fork(lambda: be_rank(1))]
+    assert [exit_code(child) for child in children] == [0, 0]
 
 
 def tuning_run(method, rate, coef, seed, **steps):

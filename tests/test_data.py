@@ -1,13 +1,12 @@
 """Tests of data.py: Countdown, problem files and their errors, held-out problems, and prompts."""
 
-import json
 import random
 import sys
 from types import SimpleNamespace
 
 import pytest
-from helpers import config_of
-from mathematics import GSM8K, MATH, tokenizer, write
+from helpers import config_of, write_jsonl
+from mathematics import GSM8K, MATH, tokenizer
 from tokenizers.processors import TemplateProcessing
 
 import data
@@ -55,11 +54,11 @@ def test_too_few_countdown_problems_are_an_error():
 
 
 def test_sets_as_their_authors_publish_them(tmp_path):
-    problems = data.read_problems(write(tmp_path / "gsm8k.jsonl", GSM8K))
+    problems = data.read_problems(write_jsonl(tmp_path / "gsm8k.jsonl", GSM8K))
     assert [problem["answer"] for problem in problems[:2]] == ["119", "162"]
     assert problems[0]["problem"] == GSM8K[0]["question"]
     assert problems[-1]["answer"] == "1,614"
-    problems = data.read_problems(write(tmp_path / "math.jsonl", MATH))
+    problems = data.read_problems(write_jsonl(tmp_path / "math.jsonl", MATH))
     assert problems[0] == {
         "problem": "Find the root of $7x - 2 = 0$ as a fraction.",
         "answer": r"\frac{2}{7}",
@@ -79,7 +78,7 @@ def test_sets_as_their_authors_publish_them(tmp_path):
         {"Problem": "9?", "Answer": 9},
         {"prompt": "Half?", "answer": None, "solution": r"\boxed{\frac{1}{2}}"},
     ]
-    problems = data.read_problems(write(tmp_path / "others.jsonl", others))
+    problems = data.read_problems(write_jsonl(tmp_path / "others.jsonl", others))
     answers = [problem["answer"] for problem in problems]
     assert answers == ["2", "27", str(10**22 + 1), "0.1", "025", "9", r"\frac{1}{2}"]
     assert is_equal("25", answers[4])
@@ -93,7 +92,9 @@ def test_a_byte_order_mark_and_odd_line_ends(tmp_path):
 
 
 def test_fields_can_be_named(tmp_path):
-    file = write(tmp_path / "p.jsonl", [{"text": "1+1?", "gold": 2, "answer": "a distractor"}])
+    file = write_jsonl(
+        tmp_path / "p.jsonl", [{"text": "1+1?", "gold": 2, "answer": "a distractor"}]
+    )
     problems = data.read_problems(file, problem_field="text", answer_field="gold")
     assert problems == [{"problem": "1+1?", "answer": "2"}]
     with pytest.raises(
@@ -124,7 +125,7 @@ def test_fields_can_be_named(tmp_path):
     ],
 )
 def test_a_wrong_row_is_named_by_file_and_line(tmp_path, row, words):
-    file = write(tmp_path / "p.jsonl", [{"problem": "1+1?", "answer": "2"}, row])
+    file = write_jsonl(tmp_path / "p.jsonl", [{"problem": "1+1?", "answer": "2"}, row])
     with pytest.raises(UserError, match=rf"p\.jsonl, line 2 is not a problem: .*{words}"):
         data.read_problems(file)
 
@@ -159,7 +160,7 @@ def test_rows_without_a_gold_answer_are_left_out_with_a_note(tmp_path, capsys):
         {"problem": "d", "solution": "prose alone"},
         {"problem": "e", "answer": None},
     ]
-    file = write(tmp_path / "p.jsonl", [*MATH[:3], *empty, *MATH[3:]])
+    file = write_jsonl(tmp_path / "p.jsonl", [*MATH[:3], *empty, *MATH[3:]])
     assert len(data.read_problems(file)) == len(MATH)
     places = "line 4, line 5, line 6, line 7, line 8"
     notes = capsys.readouterr().err
@@ -167,7 +168,7 @@ def test_rows_without_a_gold_answer_are_left_out_with_a_note(tmp_path, capsys):
         notes == f"note: 5 rows of {file} have no usable gold answer and are left out: {places}\n"
     )
     with pytest.raises(UserError, match="no problem with a gold answer"):
-        data.read_problems(write(tmp_path / "empty.jsonl", empty))
+        data.read_problems(write_jsonl(tmp_path / "empty.jsonl", empty))
 
 
 def test_other_files_and_hub_data_sets_are_loaded_by_datasets(tmp_path, monkeypatch):
@@ -177,13 +178,11 @@ def test_other_files_and_hub_data_sets_are_loaded_by_datasets(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "owner" / "name").mkdir(parents=True)
-    expected = data.read_problems(write(tmp_path / "owner" / "name" / "train.jsonl", MATH))
-    write(tmp_path / "owner" / "name" / "test.jsonl", MATH[:2])
+    expected = data.read_problems(write_jsonl(tmp_path / "owner" / "name" / "train.jsonl", MATH))
+    write_jsonl(tmp_path / "owner" / "name" / "test.jsonl", MATH[:2])
     table = datasets.Dataset.from_list(MATH)
     table.to_parquet(tmp_path / "p.parquet")
-    table.to_csv(tmp_path / "p.csv")
-    (tmp_path / "p.json").write_text(json.dumps(MATH))
-    for source in ("owner/name@train", "p.parquet", "p.csv", "p.json"):
+    for source in ("owner/name@train", "p.parquet"):
         assert data.read_problems(source) == expected, source
     monkeypatch.setitem(data.BENCHMARKS, "math500", "owner/name@test")
     assert data.read_problems("math500") == expected[:2]
@@ -221,18 +220,20 @@ def load(*arguments):
 
 
 def test_training_and_evaluation_never_overlap(tmp_path, capsys):
-    file = write(tmp_path / "math.jsonl", MATH)
+    file = write_jsonl(tmp_path / "math.jsonl", MATH)
     training, heldout = load(f"data={file}", "validation_fraction=0.3")
     assert len(training) + len(heldout["auto"]) == len(MATH)
     assert 3 < len(heldout["auto"]) < 16
     assert f"{len(heldout['auto'])} of 30 problems" in capsys.readouterr().err
-    reverse = write(tmp_path / "reverse.jsonl", MATH[::-1])  # the problem decides, not the order
+    reverse = write_jsonl(
+        tmp_path / "reverse.jsonl", MATH[::-1]
+    )  # the problem decides, not the order
     assert load(f"data={reverse}", "validation_fraction=0.3")[1] == {"auto": heldout["auto"][::-1]}
 
     same = []  # spaces and another answer do not make another problem
     for row in MATH[:4]:
         same.append({"problem": row["problem"].replace(" ", " \n "), "answer": "0"})
-    other = write(tmp_path / "other.jsonl", [*same, *GSM8K[:3]])
+    other = write_jsonl(tmp_path / "other.jsonl", [*same, *GSM8K[:3]])
     capsys.readouterr()
     training, heldout = load(f"data={file}", f"evaluation.data={other}")
     assert len(heldout[other]) == 7
@@ -247,7 +248,7 @@ def test_training_and_evaluation_never_overlap(tmp_path, capsys):
 
 def test_the_spaces_of_a_problem_do_not_change_its_side(tmp_path):
     spaced = [row | {"problem": f" {row['problem']} ".replace(" ", "  ")} for row in MATH]
-    file = write(tmp_path / "twice.jsonl", MATH + spaced)
+    file = write_jsonl(tmp_path / "twice.jsonl", MATH + spaced)
     training, heldout = load(f"data={file}", "validation_fraction=0.3")
     sides = [
         {data.problem_key(problem) for problem in side} for side in (training, heldout["auto"])
@@ -258,7 +259,7 @@ def test_the_spaces_of_a_problem_do_not_change_its_side(tmp_path):
 
 def test_evaluation_takes_problems_of_the_whole_file_by_hash(tmp_path, capsys):
     """A file sorted by subject must not give one subject; training and evaluate.py agree."""
-    file = write(
+    file = write_jsonl(
         tmp_path / "sorted.jsonl", [{"problem": str(i), "answer": "1"} for i in range(400)]
     )
     _, heldout = load(f"evaluation.data={file}", "evaluation.problems=40")
@@ -268,7 +269,7 @@ def test_evaluation_takes_problems_of_the_whole_file_by_hash(tmp_path, capsys):
     assert 120 < sum(numbers) / 40 < 280
     settings = config_of().__dict__ | {"problems": 40}
     assert evaluate.load_file(file, SimpleNamespace(**settings)) == heldout[file]
-    reverse = write(tmp_path / "sorted.jsonl", data.read_problems(file)[::-1])
+    reverse = write_jsonl(tmp_path / "sorted.jsonl", data.read_problems(file)[::-1])
     assert load(f"evaluation.data={reverse}", "evaluation.problems=40")[1][file] == heldout[file]
 
 
@@ -276,18 +277,18 @@ def test_countdown_rows_of_the_heldout_side_are_left_out(tmp_path, capsys):
     problems = data.countdown(30, heldout=True, **COUNTDOWN) + data.countdown(
         50, heldout=False, **COUNTDOWN
     )
-    file = write(tmp_path / "p.jsonl", problems)
+    file = write_jsonl(tmp_path / "p.jsonl", problems)
     training, heldout = load(f"data={file}")
     assert training == problems[30:]
     assert len(heldout["auto"]) == 200
     assert all(data.is_heldout(**problem) for problem in heldout["auto"])
     assert "30 of 80 problems" in capsys.readouterr().err
-    mine = write(tmp_path / "mine.jsonl", problems[:4])
+    mine = write_jsonl(tmp_path / "mine.jsonl", problems[:4])
     assert load(f"data={file}", f"evaluation.data={mine}") == (problems[4:], {mine: problems[:4]})
 
 
 def test_settings_that_leave_no_problems_are_named(tmp_path):
-    file = write(tmp_path / "math.jsonl", MATH)
+    file = write_jsonl(tmp_path / "math.jsonl", MATH)
     with pytest.raises(UserError, match="validation_fraction=0.0 .*evaluation.data=FILE"):
         load(f"data={file}", "validation_fraction=0")
     with pytest.raises(UserError, match="prompts_per_step=4: there are only 0 problems"):

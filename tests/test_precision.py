@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from gradient_worker import by_length, made_up_rollout
 from helpers import ALONE, SMALL, config_of, run_of, tiny_model
+from scenarios import by_length, made_up_rollout
 
 from rollout import rescore, sample
 from support import distributed, models

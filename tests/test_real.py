@@ -9,15 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from helpers import ROOT, config_of
-from mathematics import GSM8K, MATH, SMALL, folder, tokenizer, write
+from helpers import ROOT, config_of, write_jsonl
+from mathematics import GSM8K, MATH, SMALL, folder, tokenizer
 from transformers import Qwen2Config
 
 import evaluate
 import rewards
 import train
 from support import memory, models
-from support.config import UserError, flatten, load_config, to_yaml
+from support.config import UserError, flatten
+from support.files import read_jsonl
 
 # the models of the paper
 RECIPES = sorted(set((ROOT / "recipes").glob("*.yaml")) - {ROOT / "recipes" / "smollm2-135m.yaml"})
@@ -26,27 +27,15 @@ RECIPES = sorted(set((ROOT / "recipes").glob("*.yaml")) - {ROOT / "recipes" / "s
 @pytest.fixture
 def in_tmp(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write(tmp_path / "gsm8k.jsonl", GSM8K)
-    write(tmp_path / "math.jsonl", MATH)
+    write_jsonl(tmp_path / "gsm8k.jsonl", GSM8K)
+    write_jsonl(tmp_path / "math.jsonl", MATH)
     return tmp_path
 
 
-def metrics():
-    return [json.loads(line) for line in Path("runs/run/metrics.jsonl").read_text().splitlines()]
-
-
-@pytest.mark.parametrize(
-    "architecture, chat, file",
-    [
-        ("qwen2", True, "math"),
-        ("qwen2", False, "gsm8k"),
-        ("llama", True, "gsm8k"),
-        ("qwen3", False, "math"),
-    ],
-)
-def test_a_run_on_mathematics(in_tmp, capsys, architecture, chat, file):
+@pytest.mark.parametrize("architecture, file", [("qwen2", "math"), ("llama", "gsm8k")])
+def test_a_run_on_mathematics(in_tmp, capsys, architecture, file):
     """A random model solves nothing, but its confidence varies: a label-free reward."""
-    model = folder(in_tmp / architecture, architecture, chat=chat)
+    model = folder(in_tmp / architecture, architecture, chat=True)
     train.main(
         [
             *SMALL,
@@ -58,10 +47,10 @@ def test_a_run_on_mathematics(in_tmp, capsys, architecture, chat, file):
             "reward=self_certainty",
         ]
     )
-    rows = metrics()
+    rows = read_jsonl(Path("runs/run/metrics.jsonl"))
     assert [row["step"] for row in rows] == [0, 1, 2, 2]
     family = "llama" if architecture == "llama" else "qwen"
-    largest_entropy = np.log(len(tokenizer(family, chat=chat)))
+    largest_entropy = np.log(len(tokenizer(family, chat=True)))
     for row in rows:
         assert all(np.isfinite(value) for value in row.values())
     for row in rows[1:3]:
@@ -75,8 +64,8 @@ def test_a_run_on_mathematics(in_tmp, capsys, architecture, chat, file):
     assert problem[:20] in printed
     assert "first prompt" in printed
     assert "stop ids" in printed
-    assert chat == ("<|im_start|>user" in printed or "<|start_header_id|>user" in printed)
-    if (architecture, chat) == ("qwen2", True):
+    assert "<|im_start|>user" in printed or "<|start_header_id|>user" in printed
+    if architecture == "qwen2":
         anyone_can_load(in_tmp / "runs" / "run" / "model")
 
 
@@ -127,7 +116,7 @@ def test_verifiable_rewards_reach_the_update(in_tmp, monkeypatch):
     """The real grader reads real text: every second completion boxes the gold answer."""
     model = folder(in_tmp / "model", "qwen2", chat=True)
     same = [MATH[0] | {"problem": f"{MATH[0]['problem']} ({i})"} for i in range(20)]
-    write(in_tmp / "same.jsonl", same)
+    write_jsonl(in_tmp / "same.jsonl", same)
 
     def decode(tokenizer, rollout):
         texts = [r"so \boxed{\frac{2}{7}}", r"so \boxed{-1}"]
@@ -137,7 +126,7 @@ def test_verifiable_rewards_reach_the_update(in_tmp, monkeypatch):
     # Every token stops, so that no completion is truncated.
     monkeypatch.setattr(models, "stop_ids", lambda model, words: list(range(len(words))))
     train.main([*SMALL, f"model={model}", "data=same.jsonl", "name=run", "validation_fraction=0.3"])
-    for row in metrics()[1:3]:
+    for row in read_jsonl(Path("runs/run/metrics.jsonl"))[1:3]:
         assert row["reward/mean"] == 0.5
         assert row["group/frac_zero_std"] == 0
 
@@ -254,28 +243,3 @@ def test_recipes_fit_the_cards_that_they_name(recipe, in_tmp):
     if one_card:
         on_one = round(needed(1, prompt, *one_card[2].split()))
         assert on_one == int(one_card[3]) < int(one_card[1])
-
-
-def test_recipes_lie_between_the_defaults_and_the_command_line(in_tmp):
-    Path("mine.yaml").write_text("data: math.jsonl\nsteps: 7\noptimizer: {lr: 1}\n")
-    config = load_config(["recipe=mine.yaml", "steps=9"])
-    assert (config.data, config.steps, config.optimizer.lr) == ("math.jsonl", 9, 1.0)
-
-
-def test_the_stored_settings_of_a_run_are_a_recipe(in_tmp):
-    config = config_of("data=math.jsonl", "reward=token_entropy", "optimizer.lr=3e-6", "name=a")
-    Path("config.yaml").write_text(to_yaml(flatten(config)))
-    again = flatten(load_config(["recipe=config.yaml"]))
-    assert again == flatten(config) | {"recipe": "config.yaml"}
-
-
-def test_the_dry_run_of_a_real_model_loads_no_weights(in_tmp, capsys):
-    model = folder(in_tmp / "model", "qwen2", chat=True, weights=False)
-    before = sorted(in_tmp.rglob("*"))
-    train.main(
-        [*SMALL, f"model={model}", "data=math.jsonl", "dry_run=true", "validation_fraction=0.3"]
-    )
-    printed = capsys.readouterr().out
-    assert "<|im_start|>user" in printed
-    assert "memory on each rank" in printed
-    assert sorted(in_tmp.rglob("*")) == before

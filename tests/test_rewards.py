@@ -1,6 +1,5 @@
 """The Countdown check on a table of texts and on hostile ones; rewards against loops."""
 
-import math
 import random
 import shutil
 import time
@@ -8,12 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import ROOT, tiny_model
+from helpers import ROOT
 
 import rewards
 from data import random_chain
 from rewards import REWARDS, grade, solves_countdown
-from rollout import sample
 from support.config import UserError
 
 NUMBERS = [3, 5, 7, 2]
@@ -194,21 +192,3 @@ def test_rewards_by_loops():
     assert expected.keys() == REWARDS.keys()
     for name, values in expected.items():
         assert REWARDS[name].function(rollout).tolist() == pytest.approx(values, rel=1e-6), name
-
-
-def test_self_certainty_is_aligned_with_the_sampled_tokens():
-    """Of a three-token completion the distributions *before* each token count, and not the last."""
-    model = tiny_model()
-    rollout = sample(model, [[7, 3, 9]], [0], stop=[1], max_new_tokens=3, seed=0, step=0)
-    completion = rollout.tokens[0].tolist()
-    total = 0.0
-    for t in range(3):
-        with torch.no_grad():
-            logits = (
-                model(torch.tensor([[7, 3, 9] + completion[:t]])).logits[0, -1].double().tolist()
-            )
-        log_z = math.log(sum(math.exp(z) for z in logits))
-        total += sum((1 / 40) * (math.log(1 / 40) - (z - log_z)) for z in logits)
-    assert rollout.mask.sum() == 3
-    reward = REWARDS["self_certainty"].function(rollout)
-    assert reward.item() == pytest.approx(total / 3, rel=1e-4)

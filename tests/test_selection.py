@@ -164,13 +164,3 @@ def test_entropy_change_is_the_slope_of_the_entropy():
         baseline = scope.entropy_baseline(z[None])
         score = scope.entropy_change_score(p[y : y + 1].log(), H, A, baseline)
         assert score.item() == pytest.approx(max(-slope, 0), rel=1e-5, abs=1e-9)
-
-
-def test_entropy_baseline_at_a_temperature_is_that_of_the_divided_logits():
-    z = torch.randn(3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    p = torch.softmax(z / 0.7, 1)
-    expected = [
-        sum(x * x * (math.log(x) + slow_entropy(z[i] / 0.7)) for x in p[i].tolist())
-        for i in range(3)
-    ]
-    assert scope.entropy_baseline(z, temperature=0.7).tolist() == pytest.approx(expected, rel=1e-12)

@@ -2,8 +2,6 @@
 
 import json
 import random
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,7 +9,6 @@ import pytest
 import torch
 from helpers import ALONE, ROOT, config_of
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -24,7 +21,6 @@ import toy
 from rewards import solves_countdown
 from rollout import decode, sample
 from support import models
-from support.config import UserError
 
 SMALL = ["toy.layers=1", "toy.hidden=16", "toy.updates=2", "toy.batch=4"]
 
@@ -66,13 +62,6 @@ def test_every_number_is_one_token_for_whoever_loads_the_folder(folder, loader):
     assert tokenizer.decode(tokenizer(text).input_ids) == " ".join(expected)
     chain = tokenizer("3*5=15, 15+7=22, 22+2=24<eos>").input_ids
     assert solves_countdown(tokenizer.decode(chain, skip_special_tokens=True), [3, 5, 7, 2], 24)
-
-
-def test_the_folder_is_an_ordinary_one(folder):
-    model, tokenizer = models.load(str(folder))
-    other = AutoModelForCausalLM.from_pretrained(folder)
-    assert torch.equal(model.get_input_embeddings().weight, other.get_input_embeddings().weight)
-    assert models.stop_ids(model, tokenizer) == [tokenizer.eos_token_id]
 
 
 def test_the_warm_start_learns_the_chain_and_its_end_but_not_the_prompt(monkeypatch):
@@ -138,19 +127,6 @@ def test_the_model_of_the_default_settings_is_shipped(monkeypatch):
         solved += solves_countdown(text, **problem)
     assert valid > 30
     assert 0 < solved < 40
-
-
-def test_the_command_takes_no_arguments():
-    process = subprocess.run(
-        [sys.executable, ROOT / "toy.py", "toy.seed=1"], capture_output=True, text=True, timeout=170
-    )
-    assert process.returncode == 2
-    assert process.stderr == "error: python toy.py takes no arguments: it makes recipes/toy-base\n"
-
-
-def test_a_hidden_size_that_cannot_be_split_is_named():
-    with pytest.raises(UserError, match="toy.hidden=20: give a multiple of 8"):
-        toy.blank_model(config_of("toy.hidden=20"))
 
 
 def test_it_is_trained_once_for_each_recipe_and_never_half_written(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import ALONE, ROOT, SMALL, config_of, metrics_of, weights_of
+from helpers import ALONE, ROOT, SMALL, config_of, metrics_of, weights_of, write_jsonl
 from transformers import AutoModelForCausalLM
 
 import grpo
@@ -22,7 +23,7 @@ from evaluate import EVALUATION_STEP, Evaluation, d_collapse
 from rollout import Rollout
 from support import models
 from support.config import UserError, flatten, one_line_errors
-from support.files import lock
+from support.files import lock, read_jsonl
 
 
 def test_learning_rate():
@@ -90,10 +91,6 @@ def test_phases_of_a_step_are_timed(monkeypatch):
 # ---------------------------------------------------------------- whole runs of a tiny toy model
 
 
-def read(file):
-    return [json.loads(line) for line in Path(file).read_text().splitlines()]
-
-
 def fail_in_step(patch, step):
     """Let the training loop fail at the start of this step."""
     draw_problems = train.draw_problems
@@ -106,26 +103,15 @@ def fail_in_step(patch, step):
     patch.setattr(train, "draw_problems", draw)
 
 
-@pytest.mark.parametrize("killed_in", ["the loop", "the save"])
-def test_killed_and_resumed_is_the_unbroken_run(in_tmp, monkeypatch, killed_in):
+def test_killed_and_resumed_is_the_unbroken_run(in_tmp, monkeypatch):
     """A run that is killed in step 4 continues from the checkpoint of step 2, bit for bit."""
     train.main([*SMALL, "name=complete"])
     rows = metrics_of("complete")
     assert [row["step"] for row in rows] == [0, 1, 2, 2, 3, 4, 4]
     assert any(row.get("kl/selected", 0) > 0 for row in rows)
 
-    rename = Path.rename
-
-    def killed_rename(path, target):
-        if path.name == "step-000004.tmp":
-            raise ZeroDivisionError
-        return rename(path, target)
-
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        if killed_in == "the loop":
-            fail_in_step(patch, 4)
-        else:
-            patch.setattr(Path, "rename", killed_rename)
+        fail_in_step(patch, 4)
         train.main([*SMALL, "name=broken"])
     assert not (in_tmp / "runs" / "broken" / "model").exists()
     logged = metrics_of("broken")
@@ -140,8 +126,13 @@ def test_killed_and_resumed_is_the_unbroken_run(in_tmp, monkeypatch, killed_in):
         with pytest.raises(UserError, match="the training problems changed since the run"):
             train.main(["name=broken", "resume=true"])
     assert metrics_of("broken") == logged
+    with lock(Path("runs/broken/lock")), pytest.raises(UserError, match="runs/broken is in use by"):
+        train.main(["name=broken", "resume=true"])
+    settings = Path("runs/broken/config.yaml").read_text()
     shutil.rmtree("runs/base-evaluations")  # the base model is evaluated again
-    train.main(["name=broken", "resume=true"])
+    train.main(["name=broken", "resume=true", "keep=1", "micro_batch_size=100"])
+    assert Path("runs/broken/config.yaml").read_text() == settings
+    assert [path.name for path in Path("runs/broken/checkpoints").iterdir()] == ["step-000004"]
     assert metrics_of("broken") == rows
     for file in ("samples.jsonl", "evaluation.json"):
         texts = [Path("runs", name, file).read_text() for name in ("complete", "broken")]
@@ -152,24 +143,6 @@ def test_killed_and_resumed_is_the_unbroken_run(in_tmp, monkeypatch, killed_in):
         patch.setattr(train, "set_up", None)
         train.main(["name=broken", "resume=true"])  # it is finished: nothing is left to do
     assert metrics_of("broken") == rows
-
-
-def test_a_run_resumes_by_its_name_with_its_settings(in_tmp, monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        fail_in_step(patch, 3)
-        train.main([*SMALL, "name=run"])
-    with pytest.raises(UserError, match="seed=0, not 1, .*optimizer.lr=0.01, not 0.5: leave"):
-        train.main(["name=run", "resume=true", "seed=1", "optimizer.lr=0.5"])
-    with pytest.raises(UserError, match="runs/run already holds a run: give another name="):
-        train.main([*SMALL, "name=run"])
-    with pytest.raises(UserError, match="runs/other holds no run"):
-        train.main([*SMALL, "name=other", "resume=true"])
-    with lock(Path("runs/run/lock")), pytest.raises(UserError, match="runs/run is in use by proc"):
-        train.main(["name=run", "resume=true"])
-    settings = Path("runs/run/config.yaml").read_text()
-    train.main(["name=run", "resume=true", "keep=1", "micro_batch_size=3"])
-    assert Path("runs/run/config.yaml").read_text() == settings
-    assert [path.name for path in Path("runs/run/checkpoints").iterdir()] == ["step-000004"]
 
 
 def test_resume_before_the_first_checkpoint(in_tmp, monkeypatch):
@@ -215,11 +188,11 @@ def test_the_schedule_the_samples_and_the_base_reach_the_run(in_tmp, monkeypatch
     monkeypatch.setattr(train, "evaluate", spy_evaluate)
     monkeypatch.setattr(train, "select", spy_select)
     problems = [{"numbers": [1, 2], "target": 3}, {"numbers": [2, 2], "target": 4}]
-    Path("mine.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in problems))
+    write_jsonl(Path("mine.jsonl"), problems)
     settings = [*SMALL, "optimizer.lr=0.001", "optimizer.schedule=cosine", "reward=token_entropy"]
     arguments = [*settings, "evaluation.data=[auto,mine.jsonl]"]
     train.main([*arguments, "name=spied", "log_every=3"])
-    samples = read("runs/spied/samples.jsonl")
+    samples = read_jsonl(Path("runs/spied/samples.jsonl"))
     assert [row["step"] for row in samples] == [1, 1, 3, 3]
     for sample, row in zip(samples, (0, 4, 0, 4)):  # of the first two problems
         assert sample["reward"] == rollouts[sample["step"] - 1].rewards[row].item()
@@ -230,7 +203,7 @@ def test_the_schedule_the_samples_and_the_base_reach_the_run(in_tmp, monkeypatch
     # in between only the first file; evaluate_once does the base model
     assert evaluated == [(3, 2, seed), (3, 4, seed), (2, 4, seed)]
     report = json.loads(Path("runs/spied/evaluation.json").read_text())
-    first, *_, last = read("runs/spied/metrics.jsonl")
+    first, *_, last = read_jsonl(Path("runs/spied/metrics.jsonl"))
     card = Path("runs/spied/model/README.md").read_text()
     assert re.search(r"\| +\| base +\| trained +\|", card)
     stored = map(Evaluation.load, Path("runs/base-evaluations").glob("*.npz"))
@@ -307,34 +280,42 @@ def test_mistakes_are_named_and_no_run_begins(in_tmp, monkeypatch, arguments, wo
     assert [path.name for path in in_tmp.glob("runs/wrong/*")] in ([], ["lock"])
 
 
-def test_the_command_ends_a_mistake_with_one_line_and_code_2(tmp_path):
-    process = subprocess.run(
-        [sys.executable, ROOT / "train.py", "stepz=3"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=170,
-    )
-    assert process.returncode == 2
-    assert process.stderr == "error: unknown key stepz: did you mean steps?\n"
-    assert process.stdout == ""
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.mark.parametrize(
-    "place, words",
+    "command, line",
     [
-        ("rollout.prefill", "sampling: lower rollout.batch_size"),
-        ("scope.entropy_baseline", "rescoring: lower micro_batch_tokens"),
-        ("scope.select_tokens", "the selection: start a new run with a lower prompts_per_step"),
-        ("support.optimizer.MasterAdamW.step", "the update: lower micro_batch_tokens"),
-        ("support.optimizer.MasterAdamW.shard", "saving a checkpoint: give offload=true"),
-        ("support.models.set_stop", "loading: give offload=true"),
+        ("train", "unknown key stepz: did you mean steps?"),
+        (
+            "evaluate",
+            "stepz=3: evaluate.py does not use this setting; its own are "
+            "data, problems, samples, show, out",
+        ),
+        ("toy", "python toy.py takes no arguments: it makes recipes/toy-base"),
     ],
 )
-def test_out_of_memory_is_one_line_that_names_the_place(in_tmp, monkeypatch, capsys, place, words):
-    arguments = [*SMALL, "name=large", "updates_per_rollout=2", "steps=2"]
-    train.main([*arguments, "evaluation.every=0", "save_every=1", "keep=2"])
+def test_a_command_ends_a_mistake_with_one_line_and_code_2(
+    in_tmp, monkeypatch, capsys, command, line
+):
+    monkeypatch.setattr("sys.argv", [f"{command}.py", "stepz=3"])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(f"{ROOT}/{command}.py", run_name="__main__")
+    assert caught.value.code == 2
+    assert capsys.readouterr() == ("", f"error: {line}\n")
+    assert not list(in_tmp.iterdir())
+
+
+PLACES = {
+    "rollout.prefill": "sampling: lower rollout.batch_size",
+    "scope.entropy_baseline": "rescoring: lower micro_batch_tokens",
+    "scope.select_tokens": "the selection: start a new run with a lower prompts_per_step",
+    "support.optimizer.MasterAdamW.step": "the update: lower micro_batch_tokens",
+    "support.optimizer.MasterAdamW.shard": "saving a checkpoint: give offload=true",
+    "support.models.set_stop": "loading: give offload=true",
+}
+
+
+def test_out_of_memory_is_one_line_that_names_the_place(in_tmp, monkeypatch, capsys):
+    settings = ["updates_per_rollout=2", "steps=2", "evaluation.every=0", "save_every=1", "keep=2"]
+    train.main([*SMALL, "name=large", *settings])
     saved = in_tmp / "runs/large/checkpoints/step-000001/model.safetensors"
     before = saved.read_bytes()
     shutil.rmtree("runs/large/checkpoints/step-000002")
@@ -343,13 +324,15 @@ def test_out_of_memory_is_one_line_that_names_the_place(in_tmp, monkeypatch, cap
     def out_of_memory(*arguments, **named):
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(place, out_of_memory)
-    with pytest.raises(SystemExit) as caught, one_line_errors():
-        train.main(["name=large", "resume=true"])
-    assert caught.value.code == 1
-    line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith(f"error: out of memory in {words}")
-    assert saved.read_bytes() == before
+    for place, words in PLACES.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(place, out_of_memory)
+            with pytest.raises(SystemExit) as caught, one_line_errors():
+                train.main(["name=large", "resume=true"])
+        assert caught.value.code == 1
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert line.startswith(f"error: out of memory in {words}")
+        assert saved.read_bytes() == before
 
 
 def test_the_dry_run_prints_the_run_and_writes_nothing(in_tmp, capsys):
@@ -368,94 +351,50 @@ def test_the_dry_run_prints_the_run_and_writes_nothing(in_tmp, capsys):
 # ---------------------------------------------------------------- the real command
 
 # An evaluation in between has 3 completions, so that the first of 4 ranks has none.
-REAL = [
-    *SMALL,
-    "steps=2",
-    "prompts_per_step=8",
-    "toy.updates=30",
-    "reward=trajectory_likelihood",
-    "updates_per_rollout=2",
-    "optimizer.lr=0.001",
-    "evaluation.every=1",
-    "evaluation.samples_between=1",
-]
+REAL = (
+    SMALL
+    + (
+        "steps=2 prompts_per_step=8 toy.updates=30 reward=trajectory_likelihood "
+        "updates_per_rollout=2 optimizer.lr=0.001 evaluation.every=1 evaluation.samples_between=1"
+    ).split()
+)
 
 
-def start(folder, *command):
-    return subprocess.Popen(
-        [sys.executable, *command],
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def test_real_runs(tmp_path):
+def test_real_runs(tmp_path, monkeypatch, capsys):
     """One process, four ranks on two "nodes" of this machine, and one from what four have saved."""
-    alone = start(tmp_path, ROOT / "train.py", *REAL, "name=alone")
-    printed, errors = alone.communicate(timeout=300)
-    assert alone.returncode == 0, errors
-    node = [
-        "-m",
-        "torch.distributed.run",
-        "--nnodes=2",
-        "--nproc_per_node=2",
-        "--rdzv_backend=c10d",
-        "--rdzv_conf=store_type=file",  # a free port could be taken before torchrun binds it
-        f"--rdzv_endpoint={tmp_path}/nodes",
-        ROOT / "train.py",
-        *REAL,
-        "name=ranks",
-    ]
-    processes = [start(tmp_path, *node), start(tmp_path, *node)]
-    outputs = [process.communicate(timeout=300) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    a_real_run_writes_everything(tmp_path / "runs" / "alone", printed)
+    monkeypatch.chdir(tmp_path)
+    train.main([*REAL, "name=alone"])
+    a_real_run_writes_everything(tmp_path / "runs" / "alone", capsys.readouterr().out)
+    shutil.rmtree("runs/base-evaluations")  # so that the ranks evaluate the base model again
+    torchrun = (
+        f"-m torch.distributed.run --nnodes=2 --nproc_per_node=2 --rdzv_backend=c10d "
+        # a free port could be taken before torchrun binds it
+        f"--rdzv_conf=store_type=file --rdzv_endpoint={tmp_path}/nodes {ROOT}/train.py"
+    )
+    command = [sys.executable, *torchrun.split(), *REAL, "name=ranks"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    nodes = [subprocess.Popen(command, **pipes) for _ in range(2)]
+    outputs = [node.communicate(timeout=300) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs
     four_ranks_train_like_one(tmp_path / "runs")
     (tmp_path / "runs" / "ranks" / "evaluation.json").unlink()  # or the run would be finished
-    again = start(tmp_path, ROOT / "train.py", "name=ranks", "resume=true")
-    assert again.wait(timeout=300) == 0, again.communicate()
+    train.main(["name=ranks", "resume=true"])
     four_ranks_train_like_one(tmp_path / "runs")
 
 
 def a_real_run_writes_everything(folder, printed):
-    assert {path.name for path in folder.iterdir()} == {
-        "config.yaml",
-        "metrics.jsonl",
-        "samples.jsonl",
-        "evaluation.json",
-        "checkpoints",
-        "model",
-        "lock",
-    }
+    names = "config.yaml metrics.jsonl samples.jsonl evaluation.json checkpoints model lock"
+    assert {path.name for path in folder.iterdir()} == {*names.split()}
     settings = flatten(yaml.safe_load((folder / "config.yaml").read_text()))
     assert settings == flatten(config_of(*REAL, "name=alone"))
-    rows = read(folder / "metrics.jsonl")
+    rows = read_jsonl(folder / "metrics.jsonl")
     assert [row["step"] for row in rows] == [0, 1, 1, 2, 2]
-    expected = {
-        "reward/mean",
-        "reward/accuracy",
-        "group/frac_zero_std",
-        "length/mean",
-        "entropy",
-        "tokens",
-        "length/frac_truncated",
-        "loss",
-        "lr",
-        "grad_norm",
-        "clip_frac",
-        "kl/selected",
-        "kl_old",
-        "selection/fraction",
-        "selection/candidates",
-        "logprob_drift",
-        "mem_gb",
-        "time/rollout",
-        "time/select",
-        "time/update",
-    }
-    assert expected <= rows[1].keys()
+    expected = (
+        "reward/mean reward/accuracy group/frac_zero_std length/mean entropy tokens "
+        "length/frac_truncated loss lr grad_norm clip_frac kl/selected kl_old selection/fraction "
+        "selection/candidates logprob_drift mem_gb time/rollout time/select time/update"
+    )
+    assert {*expected.split()} <= rows[1].keys()
     assert "eval/pass@1" in rows[2]
     assert {"eval/acc@4", "eval/pass@4", "eval/entropy", "eval/d_collapse"} <= rows[-1].keys()
     page = (ROOT / "docs" / "metrics.md").read_text()
@@ -466,28 +405,21 @@ def a_real_run_writes_everything(folder, printed):
     table = json.loads((folder / "evaluation.json").read_text())["auto"]
     for row, model in ((rows[0], "base"), (rows[-1], "trained")):
         assert [row["eval/pass@1"], row["eval/pass@1_stderr"]] == table[model]["pass@1"]
-    samples = read(folder / "samples.jsonl")
+    samples = read_jsonl(folder / "samples.jsonl")
     assert [sample["step"] for sample in samples] == [1, 1, 2, 2]
     assert samples[0].keys() == {"step", "prompt", "completion", "reward"}
     model, tokenizer = models.load(str(folder / "model"))
     assert models.stop_ids(model, tokenizer) == [tokenizer.eos_token_id]
     assert "pass@4" in (folder / "model" / "README.md").read_text()
-    for words in (
-        "first prompt",
-        "stop ids",
-        "reward",
-        "trained",
-        "pass@4",
-        "d_collapse",
-        "written to runs/alone",
-    ):
+    for words in ("first prompt", "stop ids", "reward", "trained", "pass@4", "d_collapse"):
         assert words in printed
+    assert "written to runs/alone" in printed
 
 
 def four_ranks_train_like_one(runs):
     """Draws, selection, losses and weights are the same for any number of ranks."""
-    alone = read(runs / "alone" / "metrics.jsonl")
-    ranks = read(runs / "ranks" / "metrics.jsonl")
+    alone = read_jsonl(runs / "alone" / "metrics.jsonl")
+    ranks = read_jsonl(runs / "ranks" / "metrics.jsonl")
     for row, other in zip(alone, ranks, strict=True):
         for key, value in row.items():
             if not key.startswith("time/") and key != "mem_gb":

@@ -465,15 +465,14 @@ DIFFERENT = [
 ]
 
 
-@pytest.mark.parametrize("one, other", SAME)
-def test_equal(one, other):
-    assert is_equal(one, other) and is_equal(other, one)
-    assert is_equal(one, one) and is_equal(other, other)
+def test_equal():
+    wrong = [pair for pair in SAME if not (is_equal(*pair) and is_equal(*pair[::-1]))]
+    wrong += [text for pair in SAME for text in pair if not is_equal(text, text)]
+    assert not wrong
 
 
-@pytest.mark.parametrize("one, other", DIFFERENT)
-def test_not_equal(one, other):
-    assert not is_equal(one, other) and not is_equal(other, one)
+def test_not_equal():
+    assert not [pair for pair in DIFFERENT if is_equal(*pair) or is_equal(*pair[::-1])]
 
 
 def test_synonyms_in_their_places():
@@ -667,7 +666,7 @@ def hostile(n: int) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("size", [60, 450, 900, 100_000])
+@pytest.mark.parametrize("size", [60, 900, 100_000])
 def test_hostile_texts_are_bounded_and_raise_nothing(size):
     """An idle core takes tens of milliseconds at most; what has no bound takes many seconds, or
     does not end.

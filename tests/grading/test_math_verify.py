@@ -9,10 +9,14 @@ from grading import GRADERS, GraderError, math_verify
 from grading.math_verify import grade
 
 
-@pytest.fixture(autouse=True)
-def no_child_before_or_after():
-    math_verify.stop()
+@pytest.fixture(scope="module", autouse=True)
+def no_child_afterwards():
     yield
+    math_verify.stop()
+
+
+@pytest.fixture
+def no_child():
     math_verify.stop()
 
 
@@ -61,14 +65,14 @@ def test_the_gold_answer_comes_first():
     assert grade(boxed(r"(3,\infty)"), "x>3") and not grade(boxed("x>3"), r"(3,\infty)")
 
 
-def test_the_child_imports_the_library_and_not_itself(monkeypatch):
+def test_the_child_imports_the_library_and_not_itself(no_child, monkeypatch):
     """Its file bears the library's name, and here its folder is the working folder too."""
     monkeypatch.delenv("PYTHONPATH", raising=False)  # which may hold "."
     monkeypatch.chdir(Path(math_verify.__file__).parent)
     assert Path(math_verify.__file__).name == "math_verify.py" and grade(boxed("0.5"), "1/2")
 
 
-def test_a_library_that_does_not_start_is_an_error_each_time(monkeypatch):
+def test_a_library_that_does_not_start_is_an_error_each_time(no_child, monkeypatch):
     monkeypatch.setattr(math_verify.sys, "executable", "/bin/false")
     for _ in range(2):
         with pytest.raises(GraderError, match="does not start"):

@@ -1,11 +1,10 @@
 """Pictures show the numbers that they should: values read back from the axes."""
 
-import json
 import sys
 
 import matplotlib
 import pytest
-from helpers import reported_run, tuning_run
+from helpers import reported_run, tuning_run, write_jsonl
 
 from paper import figures
 from support.config import UserError
@@ -99,8 +98,7 @@ def test_training_curves(tmp_path, monkeypatch, capsys):
         for step in range(1, count + 1):
             rows.append({"step": step, "entropy": 1 / step, "kl/selected": None})
         (tmp_path / name).mkdir()
-        file = tmp_path / name / "metrics.jsonl"
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_jsonl(tmp_path / name / "metrics.jsonl", rows)
     figure = figures.training_curves(pyplot, ["one", "two"])
     panels = {axis.get_title(): axis for axis in figure.axes}
     curve = panels["entropy (nats)"].lines[0]

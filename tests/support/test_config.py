@@ -2,9 +2,6 @@
 
 import contextlib
 import io
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -28,12 +25,12 @@ from support.config import (
 )
 
 
-def run_here(folder, *arguments, command=train):
-    """Run a command that fails, in a folder but in this process."""
+def run_here(folder, *arguments):
+    """Run a training that fails, in a folder but in this process."""
     stderr = io.StringIO()
     with contextlib.chdir(folder), contextlib.redirect_stderr(stderr):
         with pytest.raises(SystemExit) as ended, one_line_errors():
-            command.main(list(arguments))
+            train.main(list(arguments))
     return SimpleNamespace(returncode=ended.value.code, stderr=stderr.getvalue())
 
 
@@ -126,32 +123,12 @@ def test_other_errors_keep_their_traceback():
         assert out_of_memory(RuntimeError(text)) == "out of memory"
 
 
-def test_a_terminal_that_cannot_show_a_character_does_not_end_the_run():
-    code = (
-        "from support.config import one_line_errors\nwith one_line_errors():\n    print('\u2192 x')"
-    )
-    process = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONIOENCODING": "latin-1"},
-        capture_output=True,
-        timeout=170,
-    )
-    assert (process.returncode, process.stdout, process.stderr) == (0, b"? x\n", b"")
-
-
-@pytest.mark.parametrize(
-    "argument, words",
-    [
-        ("temperature=0", "samples=1"),
-        ("model=./nowhere", "no such folder"),
-        ("samples=0", "at least 1"),
-        ("steps=3", "evaluate.py does not use this setting"),
-        ("out=a/b", "plain name"),
-    ],
-)
-def test_evaluate_speaks_the_same_way(tmp_path, argument, words):
-    check_message(run_here(tmp_path, argument, command=evaluate), argument, words)
+def test_a_terminal_that_cannot_show_a_character_does_not_end_the_run(monkeypatch):
+    terminal = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(terminal, "latin-1"))
+    with one_line_errors():
+        print("\u2192 x", flush=True)
+    assert terminal.getvalue() == b"? x\n"
 
 
 @pytest.mark.parametrize(
@@ -216,10 +193,7 @@ def test_arguments_are_laid_over_a_recipe_and_a_recipe_over_the_defaults(tmp_pat
     assert values == (7, 4, 1e-6, 5, 8)
 
 
-NAMES = ["1e-6", "7e12345", "010", "0x1f", "yes", "on", "2026-11-22", "1_000", ".5", "null", "a: b"]
-
-
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["1e-6", "010", "yes", "a: b"])
 def test_a_resumed_run_has_the_settings_that_were_written(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     written = read_defaults() | {"steps": 7, "optimizer.lr": 1e-6, "name": name}

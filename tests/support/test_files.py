@@ -2,7 +2,6 @@
 
 import os
 import socket
-import threading
 
 import pytest
 
@@ -64,27 +63,6 @@ def test_a_second_process_is_told_who_is_at_work(tmp_path):
     file.write_text("process 1 on a machine with a long name")  # left by one that was killed
     with lock(file):
         assert file.read_text() == holder
-
-
-def test_whoever_waits_goes_on_when_the_other_ends(tmp_path):
-    order = []
-    holds = threading.Event()
-    ends = threading.Event()
-
-    def first():
-        with lock(tmp_path / "lock"):
-            holds.set()
-            ends.wait(30)
-            order.append("first")
-
-    other = threading.Thread(target=first)
-    other.start()
-    assert holds.wait(30)
-    threading.Timer(0.3, ends.set).start()
-    with lock(tmp_path / "lock", wait=True):
-        order.append("second")
-    other.join()
-    assert order == ["first", "second"]
 
 
 def test_names_and_fingerprints():

@@ -104,15 +104,6 @@ def test_lines_after_the_last_checkpoint_are_dropped(tmp_path, capsys):
     assert read_jsonl(tmp_path / "metrics.jsonl") == []
 
 
-def test_other_ranks_write_nothing(tmp_path, capsys):
-    log = Log(tmp_path / "x", config_of("wandb=mine"), 0, active=False)
-    log.metrics(1, {"loss": 0.5})
-    log.sample(1, "a", "b", 0.0)
-    log.print("c")
-    assert not list(tmp_path.iterdir())
-    assert capsys.readouterr() == ("", "")
-
-
 # ---------------------------------------------------------------- what others read
 
 

@@ -108,7 +108,7 @@ def test_a_family_is_sampled_and_scored(family, tmp_path):
     assert blank.generation_config.eos_token_id == policy.generation_config.eos_token_id
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["Qwen2", "Mistral", "Gemma3Text", "GPT2"])
 def test_a_common_beginning_is_read_once(family, tmp_path, monkeypatch):
     """Hidden states and gradients are those of whole rows, which checkpointing still needs."""
     model, _ = models.load(make_family(tmp_path / "model", family))

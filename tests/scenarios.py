@@ -1,17 +1,10 @@
-"""Steps 4-6 on made-up rewards, by as many ranks as torchrun starts; rank 0 saves the results.
-
-torchrun --nproc_per_node=2 tests/gradient_worker.py FOLDER     (used by test_step.py)
-"""
-
-import sys
-from pathlib import Path
+"""Steps 4-6 on made-up rewards, by any number of ranks."""
 
 import torch
 from helpers import VOCABULARY, config_of, run_of, tiny_model
 
 from grpo import group_advantages
 from rollout import rescore, sample
-from support import distributed
 from train import select, update
 
 
@@ -113,10 +106,3 @@ def all_scenarios(world):
     for name, (arguments, settings) in SCENARIOS.items():
         results[name] = step_gradient(world, *arguments, **settings)
     return results
-
-
-if __name__ == "__main__":
-    with distributed.start() as world:
-        results = all_scenarios(world)
-        if world.is_main:
-            torch.save(results, Path(sys.argv[1]) / f"{world.size}.pt")
