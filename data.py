@@ -91,9 +91,7 @@ def countdown(count: int, *, heldout: bool, numbers: int, largest: int, limit: i
 # ---------------------------------------------------------------- files and data sets
 
 
-def read_problems(
-    source: str, *, problem_field: str = "auto", answer_field: str = "auto"
-) -> list[dict]:
+def read_problems(source: str) -> list[dict]:
     """Read the problems of a file or data set.
 
     Rows without a usable gold answer are left out with a note. Countdown rows have "numbers" and
@@ -109,7 +107,7 @@ def read_problems(
             if "numbers" in row:
                 problem = countdown_problem(row)
             else:
-                problem = math_problem(row, problem_field, answer_field)
+                problem = math_problem(row)
             if problems and problem.keys() != problems[0].keys():
                 raise ValueError("Countdown and mathematics cannot be in one file")
         except ValueError as error:
@@ -119,9 +117,7 @@ def read_problems(
         else:
             problems.append(problem)
     require(
-        bool(problems),
-        f"{source} has no problem with a gold answer (answer_field={answer_field}): give a file "
-        "with at least one",
+        bool(problems), f"{source} has no problem with a gold answer: give a file with at least one"
     )
     if without_answer:
         note(
@@ -194,32 +190,24 @@ def countdown_problem(row: dict) -> dict:
     return {"numbers": numbers, "target": target}
 
 
-def math_problem(row: dict, problem_field: str, answer_field: str) -> dict:
+def math_problem(row: dict) -> dict:
     """Turn a row of a data set into {"problem": text, "answer": text}.
 
-    The answer is "" if the row has no usable one. With "auto" the text is read from the field
-    problem, question or prompt, and the answer from answer, or else from solution.
+    The text is read from the field problem, question or prompt, and the answer from answer, or else
+    from solution. The answer is "" if the row has no usable one.
     """
     row = {str(key).lower(): value for key, value in row.items()}
-    names = ["problem", "question", "prompt"]
-    if problem_field != "auto":
-        names = [problem_field.lower()]
-    field = next((name for name in names if name in row), None)
+    field = next((name for name in ("problem", "question", "prompt") if name in row), None)
     if field is None:
-        raise ValueError(
-            f'it has no "{names[0]}", its fields are {", ".join(row) or "none"}: '
-            "give problem_field="
-        )
+        fields = ", ".join(row) or "none"
+        raise ValueError(f'it has no "problem", "question" or "prompt", its fields are {fields}')
     text = row[field]
     # a lone surrogate is half a character and cannot be tokenized
     if not isinstance(text, str) or not text.strip() or re.search("[\ud800-\udfff]", text):
         raise ValueError(f'"{field}" must be text, not {json.dumps(text)[:40]}')
-    answer_names = ["answer", "solution"]
-    if answer_field != "auto":
-        answer_names = [answer_field.lower()]
-    answer = ""
-    for name in answer_names:
-        answer = answer or gold_answer(row.get(name), name)
+    answer = gold_answer(row.get("answer"), "answer") or gold_answer(
+        row.get("solution"), "solution"
+    )
     return {"problem": text.strip(), "answer": answer}
 
 
@@ -280,43 +268,35 @@ def load_problems(config) -> tuple[list[dict], dict[str, list[dict]]]:
     Countdown generates problems from the held-out side of the split.
     """
     names = split_list(config.evaluation.data)
-    fields = {"problem_field": config.problem_field, "answer_field": config.answer_field}
     heldout: dict[str, list[dict]] = {}
     for name in names:
         heldout[name] = []
         if name != "auto":
-            heldout[name] = read_problems(name, **fields)
+            heldout[name] = read_problems(name)
     if config.data == "countdown":
         problems = countdown(config.countdown_problems, heldout=False, **vars(config.countdown))
     else:
-        problems = read_problems(config.data, **fields)
+        rows = read_problems(config.data)
+        fraction = config.validation_fraction
         evaluated = {problem_key(problem) for file in heldout.values() for problem in file}
-        problems, _ = hold_out(
-            problems,
-            lambda problem: problem_key(problem) in evaluated,
-            config.data,
-            "are in evaluation.data too: left out of training",
+        problems = []
+        for row in rows:
+            if problem_key(row) in evaluated:
+                continue
+            if "auto" not in names or not is_held_out(row, fraction):
+                problems.append(row)
+            elif "numbers" not in row:
+                heldout["auto"].append(row)
+        if len(problems) < len(rows):
+            note(
+                f"{len(rows) - len(problems)} of {len(rows)} problems of {config.data} are held "
+                "out for evaluation: left out of training"
+            )
+        require(
+            "auto" not in names or "numbers" in rows[0] or bool(heldout["auto"]),
+            f"validation_fraction={fraction} of {config.data} is no problem at all: raise it, or "
+            "give evaluation.data=FILE",
         )
-        if "auto" in names and "numbers" in problems[0]:
-            problems, _ = hold_out(
-                problems,
-                lambda problem: is_heldout(**problem),
-                config.data,
-                "are on the side of evaluation.data=auto: left out of training",
-            )
-        elif "auto" in names:
-            fraction = config.validation_fraction
-            problems, heldout["auto"] = hold_out(
-                problems,
-                lambda problem: is_validation(problem, fraction),
-                config.data,
-                f"are held out by validation_fraction={fraction}",
-            )
-            require(
-                bool(heldout["auto"]),
-                f"validation_fraction={fraction} of {config.data} is no problem at all: raise "
-                "it, or give evaluation.data=FILE",
-            )
     if heldout.get("auto") == []:
         heldout["auto"] = countdown(
             config.evaluation.problems, heldout=True, **vars(config.countdown)
@@ -331,22 +311,6 @@ def load_problems(config) -> tuple[list[dict], dict[str, list[dict]]]:
     return problems, heldout
 
 
-def hold_out(
-    problems: list[dict], condition, file: str, reason: str
-) -> tuple[list[dict], list[dict]]:
-    """Split problems into those to train on and those that meet the condition, with a note."""
-    training = []
-    heldout = []
-    for problem in problems:
-        if condition(problem):
-            heldout.append(problem)
-        else:
-            training.append(problem)
-    if heldout:
-        note(f"{len(heldout)} of {len(problems)} problems of {file} {reason}")
-    return training, heldout
-
-
 def sample_problems(problems: list[dict], count: int, file: str) -> list[dict]:
     """Return at most `count` problems of a file, chosen by a hash of the problem, with a note.
 
@@ -358,11 +322,13 @@ def sample_problems(problems: list[dict], count: int, file: str) -> list[dict]:
     return sorted(problems, key=lambda problem: zlib.crc32(problem_key(problem).encode()))[:count]
 
 
-def is_validation(problem: dict, fraction: float) -> bool:
-    """Return whether a problem is in the share `fraction` of problems that is held out.
+def is_held_out(problem: dict, fraction: float) -> bool:
+    """Return whether a problem is held out for evaluation.data=auto; `fraction` is for mathematics.
 
     This depends on nothing but the problem's text, whatever its spaces.
     """
+    if "numbers" in problem:
+        return is_heldout(**problem)
     return zlib.crc32(problem_key(problem).encode()) < fraction * 2**32
 
 

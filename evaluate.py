@@ -1,4 +1,4 @@
-"""Evaluate models on held-out problems: Acc@n, Pass@k, majority@k and d_collapse, and compare them.
+"""Evaluate models on held-out problems: Acc@n, Pass@k and d_collapse, and compare them.
 
     python evaluate.py model=runs/countdown-scope-seed0/model samples=128
     python evaluate.py "model=[toy,runs/a/model]" data=problems.jsonl samples=256 show=3
@@ -12,9 +12,9 @@ of each.
 """
 
 import json
+import math
 import os
 import sys
-import zlib
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import data
 import toy
-from rewards import answer_of, check_grader, grade, grader_fingerprint
+from rewards import check_grader, grade, grader_fingerprint
 from rollout import Rollout, sample, sampling_settings
 from support import distributed, models
 from support.config import (
@@ -47,7 +47,6 @@ from support.files import file_name, fingerprint, replace_text
 from support.log import versions
 
 POWERS_OF_2 = [2**i for i in range(20)]
-NO_ANSWER = -1  # in Evaluation.answers: this completion does not vote
 EVALUATION_STEP = -1  # the `step` that seeds evaluations; no training step has this number
 
 # Settings of this command only.
@@ -56,15 +55,12 @@ SETTINGS = {
     "problems": 200,  # number of problems per file
     "samples": 16,  # completions per problem
     "show": 0,  # number of easiest and of hardest problems whose completions are printed
-    "out": "auto",  # the result is evaluations/<out>.json; auto: from model, data and settings
 }
 # The settings of config.yaml that it uses; a name that ends with a dot is a group of settings.
 USED_SETTINGS = (
     "recipe",
     "model",
     "prompt.",
-    "problem_field",
-    "answer_field",
     "grader",
     "seed",
     "max_new_tokens",
@@ -89,40 +85,9 @@ def pass_at_k(num_samples, num_correct, k: int):
     >>> pass_at_k(4, 1, 2)
     0.5
     """
-    n, c = np.broadcast_arrays(np.asarray(num_samples), np.asarray(num_correct))
-    if k < 1 or (n < k).any():
-        raise ValueError(f"k = {k} of {n.min()} samples: give 1 <= k <= the number of samples")
-    if (c < 0).any() or (c > n).any():
-        raise ValueError("num_correct must lie between 0 and num_samples")
-    result = np.ones(n.shape)
-    for i in np.ndindex(n.shape):
-        if n[i] - c[i] >= k:
-            result[i] = 1.0 - np.prod(1.0 - k / np.arange(n[i] - c[i] + 1, n[i] + 1))
+    ways = np.vectorize(lambda n, c: 1 - math.comb(n - c, k) / math.comb(n, k), otypes=[float])
+    result = ways(num_samples, num_correct)
     return float(result) if result.ndim == 0 else result
-
-
-def majority_at_k(answers, correct, k: int):
-    """Estimate the chance that the most frequent of k answers is correct.  [P, n] -> [P]
-
-    If several answers are equally frequent, the share of them that is correct counts. `answers` are
-    numbers that identify the distinct answers of a problem. NO_ANSWER (a truncated completion, or
-    one without an answer) does not vote. An answer is correct if a completion with it was graded
-    so. The result is the mean over n // k disjoint blocks of k samples.
-
-    >>> majority_at_k(np.array([[1, 1, 1, 2]]), np.array([[False, True, True, False]]), 4)
-    array([1.])
-    """
-    problems = len(answers)
-    blocks = answers.shape[1] // k
-    result = np.zeros(problems)
-    for p in range(problems):
-        correct_answers = answers[p][correct[p]]
-        for block in np.split(answers[p, : blocks * k], blocks):
-            distinct, votes = np.unique(block[block != NO_ANSWER], return_counts=True)
-            winners = distinct[votes == votes.max(initial=0)]
-            if len(winners):
-                result[p] += np.isin(winners, correct_answers).mean() / blocks
-    return result
 
 
 def forking_threshold(base_entropy, fraction: float = 0.2) -> float:
@@ -141,8 +106,6 @@ def d_collapse(base_entropy, entropy, *, fraction: float = 0.2) -> float:
     """
     base_entropy = np.asarray(base_entropy).ravel()
     entropy = np.asarray(entropy).ravel()
-    if not base_entropy.size or not entropy.size:
-        raise ValueError("d_collapse needs at least one token of each model")
     threshold = forking_threshold(base_entropy, fraction)
     forking = (base_entropy > threshold).mean()
     if forking == 0:
@@ -159,12 +122,10 @@ class Estimate:
 
     top: np.ndarray  # [P]
     bottom: np.ndarray  # [P]
-    offset: float = 0.0
-    scale: float = 1.0
 
     @property
     def value(self) -> float:
-        return self.offset + self.scale * float(self.top.sum() / self.bottom.sum())
+        return float(self.top.sum() / self.bottom.sum())
 
     @property
     def error(self) -> float | None:
@@ -176,8 +137,8 @@ class Estimate:
         if problems < 2:
             return None
         residual = self.top - self.bottom * self.top.sum() / self.bottom.sum()
-        spread = np.sqrt((residual**2).sum() * problems / (problems - 1)) / self.bottom.sum()
-        return abs(self.scale) * float(spread)
+        spread = np.sqrt((residual**2).sum() * problems / (problems - 1))
+        return float(spread / self.bottom.sum())
 
 
 def difference(
@@ -189,11 +150,10 @@ def difference(
     """
     rng = np.random.default_rng(seed)
     index = rng.integers(len(first.top), size=(resamples, len(first.top)))
-    gaps = np.zeros(resamples)
-    for estimate, sign in ((second, 1), (first, -1)):
-        ratio = estimate.top[index].sum(axis=1) / estimate.bottom[index].sum(axis=1)
-        gaps += sign * (estimate.offset + estimate.scale * ratio)
-    low, high = np.quantile(gaps, [0.025, 0.975])
+    means = []
+    for estimate in (first, second):
+        means.append(estimate.top[index].sum(axis=1) / estimate.bottom[index].sum(axis=1))
+    low, high = np.quantile(means[1] - means[0], [0.025, 0.975])
     return second.value - first.value, float(low), float(high)
 
 
@@ -205,7 +165,6 @@ class Evaluation:
     """
 
     correct: np.ndarray  # [P, n] bool
-    answers: np.ndarray  # [P, n] numbers that identify the distinct answers, or NO_ANSWER
     lengths: np.ndarray  # [P, n] tokens
     stopped: np.ndarray  # [P, n] bool, False: truncated
     entropy: np.ndarray  # [tokens] float32, nats
@@ -229,8 +188,8 @@ class Evaluation:
         totals = np.concatenate([[0.0], np.cumsum(token_values, dtype=np.float64)])
         return np.diff(totals[np.concatenate([[0], ends])])
 
-    def metrics(self, base: "Evaluation | None" = None, ks=POWERS_OF_2) -> dict[str, Estimate]:
-        """Return every metric in the order of the table; Pass@k for each k <= n of `ks`.
+    def metrics(self, base: "Evaluation | None" = None) -> dict[str, Estimate]:
+        """Return every metric in the order of the table; Pass@k for each power of 2 up to n.
 
         d_collapse is included only if `base`, the result of the base model, is given.
         """
@@ -238,36 +197,25 @@ class Evaluation:
         first_16 = self.correct[:, :16]
         one = np.ones(problems)
         tokens = self.lengths.sum(axis=1).astype(float)
-        distinct = [len(np.unique(row[row != NO_ANSWER])) for row in self.answers]
         metrics = {f"acc@{first_16.shape[1]}": Estimate(first_16.mean(axis=1), one)}
-        for k in ks:
+        for k in POWERS_OF_2:
             if k <= samples:
                 values = pass_at_k(samples, self.correct.sum(axis=1), k)
                 metrics[f"pass@{k}"] = Estimate(values, one)
-        metrics[f"majority@{samples}"] = Estimate(
-            majority_at_k(self.answers, self.correct, samples), one
-        )
-        metrics["distinct"] = Estimate(np.array(distinct, dtype=float), one)
         metrics["entropy"] = Estimate(self.sum_per_problem(self.entropy), tokens)
         if base is not None:
             threshold = forking_threshold(base.entropy)
-            forking_tokens = self.sum_per_problem(self.entropy > threshold)
-            base_share = float((base.entropy > threshold).mean())
-            if base_share > 0:  # the same value as the function d_collapse
-                metrics["d_collapse"] = Estimate(
-                    forking_tokens, tokens, offset=1.0, scale=-1 / base_share
-                )
-            else:
-                metrics["d_collapse"] = Estimate(np.zeros(problems), one)
+            forking = self.sum_per_problem(self.entropy > threshold)
+            share = (base.entropy > threshold).mean()  # 0 only if the highest entropy is a tie
+            lost = tokens - forking / share if share > 0 else 0 * tokens
+            metrics["d_collapse"] = Estimate(lost, tokens)  # as the function d_collapse
         metrics["length"] = Estimate(self.lengths.mean(axis=1), one)
         metrics["truncated"] = Estimate(1 - self.stopped.mean(axis=1), one)
         return metrics
 
-    def summary(self, base: "Evaluation | None" = None, ks=(1, 4, 16, 64, 128)) -> dict[str, tuple]:
+    def summary(self, base: "Evaluation | None" = None) -> dict[str, tuple]:
         """Return {metric: (value, standard error)}."""
-        return {
-            name: (metric.value, metric.error) for name, metric in self.metrics(base, ks).items()
-        }
+        return {name: (metric.value, metric.error) for name, metric in self.metrics(base).items()}
 
 
 # ---------------------------------------------------------------- sampling
@@ -294,17 +242,45 @@ def sample_rows(
 
 
 def evaluate(
-    model, tokenizer, problems, config, world: World, *, samples: int, seed: int, title: str
+    model,
+    tokenizer,
+    problems,
+    config,
+    world: World,
+    *,
+    samples: int,
+    seed: int,
+    title: str,
+    folder: Path | None = None,
 ) -> Evaluation:
     """Sample and grade `samples` completions per problem.
 
-    The work is split over ranks, and every rank returns the whole result.
+    The work is split over ranks, and every rank returns the whole result. With a folder the result
+    is stored there, and the next time it is read.
     """
+    stored = None
+    if folder is not None:
+        identity = [
+            models.fingerprint(model),
+            problems,
+            data.prompt_ids(tokenizer, problems, config.prompt),
+            models.stop_ids(model, tokenizer),
+            grader_fingerprint(config.grader),
+            config.max_new_tokens,
+            config.temperature,
+            samples,
+            seed,
+            world.device.type,
+            str(world.dtype),
+        ]
+        stored = folder / f"{fingerprint(identity)}.npz"
+        if world.max(int(world.is_main and stored.exists())):
+            return Evaluation.load(stored)
     rows = world.slice(len(problems) * samples)
     with tqdm(
         total=len(rows), desc=title, unit="sample", leave=False, disable=world.hide_bar
     ) as bar:
-        rollout, correct, texts = sample_rows(
+        rollout, correct, _ = sample_rows(
             model,
             tokenizer,
             problems,
@@ -315,53 +291,14 @@ def evaluate(
             seed=seed,
             progress=bar.update,
         )
-    answers = []
-    for row, text, stopped in zip(rows, texts, rollout.stopped.tolist()):
-        answer = answer_of(problems[row // samples], text)
-        answers.append(zlib.crc32(answer.encode()) if answer and stopped else NO_ANSWER)
-    answers = torch.tensor(answers, dtype=torch.long, device=world.device)
-    columns = torch.stack([correct.long(), answers, rollout.lengths, rollout.stopped.long()], dim=1)
+    columns = torch.stack([correct.long(), rollout.lengths, rollout.stopped.long()], dim=1)
     table = world.gather(columns).cpu().numpy()
-    correct, answers, lengths, stopped = table.T.reshape(4, len(problems), samples)
+    correct, lengths, stopped = table.T.reshape(3, len(problems), samples)
     entropy = world.gather(rollout.entropy[rollout.mask]).cpu().numpy()
-    return Evaluation(correct.astype(bool), answers, lengths, stopped.astype(bool), entropy)
-
-
-def evaluate_once(
-    model,
-    tokenizer,
-    problems,
-    config,
-    world: World,
-    *,
-    samples: int,
-    seed: int,
-    title: str,
-    folder: Path,
-) -> Evaluation:
-    """Evaluate a model, or read the stored result of the same evaluation from `folder`."""
-    identity = [
-        models.fingerprint(model),
-        problems,
-        data.prompt_ids(tokenizer, problems, config.prompt),
-        models.stop_ids(model, tokenizer),
-        grader_fingerprint(config.grader),
-        config.max_new_tokens,
-        config.temperature,
-        samples,
-        seed,
-        world.device.type,
-        str(world.dtype),
-    ]
-    stored = folder / f"{fingerprint(identity)}.npz"
-    if not world.max(int(world.is_main and stored.exists())):
-        result = evaluate(
-            model, tokenizer, problems, config, world, samples=samples, seed=seed, title=title
-        )
-        if world.is_main:
-            result.save(stored)
-    world.barrier()
-    return Evaluation.load(stored)
+    result = Evaluation(correct.astype(bool), lengths, stopped.astype(bool), entropy)
+    if stored is not None and world.is_main:
+        result.save(stored)
+    return result
 
 
 # ---------------------------------------------------------------- tables
@@ -370,10 +307,7 @@ def evaluate_once(
 def evaluation_metrics(
     results: dict[str, Evaluation], base: dict[str, Evaluation] | None = None
 ) -> dict[str, float]:
-    """Return eval/NAME for the first file and eval/FILE/NAME for the others.
-
-    Pass@k comes with its standard error.
-    """
+    """Return eval/NAME for the first file and eval/FILE/NAME for the others."""
     metrics = {}
     for i, (file, result) in enumerate(results.items()):
         prefix = "eval/"
@@ -382,9 +316,6 @@ def evaluation_metrics(
         summary = result.summary(base[file] if base else None)
         for name, (value, _) in summary.items():
             metrics[prefix + name] = value
-        for name, (_, error) in summary.items():
-            if name.startswith("pass@") and error is not None:
-                metrics[f"{prefix}{name}_stderr"] = error
     return metrics
 
 
@@ -413,8 +344,8 @@ def metrics_table(summaries: dict[str, dict[str, tuple]]) -> str:
 
 def with_error(value: float, error: float | None) -> str:
     if error is None:
-        return f"{value:.3f}"
-    return f"{value:.3f} ± {error:.3f}"
+        return f"{value:z.3f}"  # z: no -0.000
+    return f"{value:z.3f} ± {error:.3f}"
 
 
 def caption(problems: int, samples: int, temperature: float) -> str:
@@ -465,13 +396,6 @@ def load_evaluation_config(arguments: list[str]):
         "auto" not in split_list(config.data) or training.data == "countdown",
         f"recipe={training.recipe} evaluates on a share of its training file: give data=FILE",
     )
-    name = config.out
-    require(
-        name not in ("", ".", "..") and Path(name).name == name,
-        f"out={name}: give a plain name; the results go to evaluations/<out>.json",
-    )
-    path = Path("evaluations") / f"{name}.json"
-    require(not path.exists(), f"out={name}: {path} exists: give another name, or delete it")
     check_grader(config.grader)
     return config
 
@@ -480,10 +404,7 @@ def load_file(file: str, config) -> list[dict]:
     """Return the problems of a file, at most `problems` of them."""
     if file == "auto":
         return data.countdown(config.problems, heldout=True, **vars(config.countdown))
-    problems = data.read_problems(
-        file, problem_field=config.problem_field, answer_field=config.answer_field
-    )
-    return data.sample_problems(problems, config.problems, file)
+    return data.sample_problems(data.read_problems(file), config.problems, file)
 
 
 def evaluate_models(
@@ -496,7 +417,7 @@ def evaluate_models(
         warn_other_prompts(path, config)
         model, tokenizer = models.load(path, world.dtype)
         model.to(world.device)
-        results[name] = evaluate_once(
+        results[name] = evaluate(
             model,
             tokenizer,
             problems,
@@ -533,20 +454,15 @@ def compare(results: dict[str, Evaluation]) -> dict[str, dict]:
     high), with the 95 % interval of a paired bootstrap over problems.
     """
     base = next(iter(results.values()))
-    metrics = {}
-    for name, result in results.items():
-        metrics[name] = result.metrics(base if len(results) > 1 else None)
-    first, *others = metrics
+    estimates = base.metrics(base)
     report = {}
-    for name, estimates in metrics.items():
-        report[name] = {
-            metric: (estimate.value, estimate.error) for metric, estimate in estimates.items()
-        }
-    for name in others:
-        report[name]["differences"] = {
-            metric: difference(metrics[first][metric], estimate)
-            for metric, estimate in metrics[name].items()
-        }
+    for name, result in results.items():
+        report[name] = result.summary(base if len(results) > 1 else None)
+        if result is not base:
+            report[name]["differences"] = {
+                metric: difference(estimates[metric], estimate)
+                for metric, estimate in result.metrics(base).items()
+            }
     return report
 
 
@@ -593,14 +509,12 @@ def print_examples(
 
 def result_name(config) -> str:
     """Return the name of the result in evaluations/."""
-    if config.out != "auto":
-        return config.out
     text = file_name(f"{config.model.strip('[]')}-on-{config.data.strip('[]')}".replace(",", "-"))
     return f"{text[:80]}-{fingerprint(flatten(config))}"
 
 
 def write_report(report: dict, config) -> None:
-    """Write the results to evaluations/<out>.json, with date, versions and settings."""
+    """Write the results to evaluations/, with date, versions and settings."""
     path = Path("evaluations") / f"{result_name(config)}.json"
     about = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -24,14 +24,6 @@ def group_advantages(rewards: Tensor, group_size: int, *, eps: float = 1e-4) -> 
     >>> group_advantages(torch.tensor([1.0, 0.0, 0.0, 0.0]), 4)
     tensor([ 1.4997, -0.4999, -0.4999, -0.4999])
     """
-    if group_size < 2:
-        raise ValueError(
-            f"group_size is {group_size}: a group of one has no spread to normalise by"
-        )
-    if rewards.ndim != 1 or rewards.numel() % group_size:
-        raise ValueError(
-            f"{tuple(rewards.shape)} rewards cannot be divided into groups of {group_size}"
-        )
     groups = rewards.view(-1, group_size)
     advantages = (groups - groups.mean(dim=1, keepdim=True)) / (
         groups.std(dim=1, keepdim=True) + eps
@@ -57,12 +49,6 @@ def token_logprobs(logits: Tensor, tokens: Tensor, *, temperature: float) -> Ten
     """
     logits = at_least_fp32(logits) / temperature
     return logits.gather(-1, tokens[..., None]).squeeze(-1) - logits.logsumexp(dim=-1)
-
-
-def token_entropy(logits: Tensor, *, temperature: float) -> Tensor:
-    """Return the entropy of softmax(logits / temperature) in nats.  [.., V] -> [..]"""
-    logprobs = torch.log_softmax(at_least_fp32(logits) / temperature, dim=-1)
-    return -(logprobs.exp() * logprobs).sum(dim=-1)
 
 
 def at_least_fp32(logits: Tensor) -> Tensor:

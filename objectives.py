@@ -106,42 +106,33 @@ def clip_cov(
     return grpo(logprobs, old_logprobs, batch, clip_low, clip_high) * ~batch.token_mask
 
 
-# A token mask takes (tokens, config, seed) and returns bool [N]: which of the step's tokens the
-# objective treats specially. `tokens` has, by name, vectors [N]: logprobs and entropy of the
-# current policy, advantages, and old_logprobs.
+# A token mask takes (tokens, old_logprobs, config, seed) and returns bool [N]: which of the step's
+# tokens the objective treats specially. `tokens` has, by name, the vectors [N] that select_tokens
+# takes; old_logprobs [N] are those from before the first update.
 
 
-def mark_none(tokens: dict[str, Tensor], config, seed: int) -> Tensor:
-    return torch.zeros_like(tokens["logprobs"], dtype=torch.bool)
+def mark_none(tokens: dict[str, Tensor], old_logprobs: Tensor, config, seed: int) -> Tensor:
+    return torch.zeros_like(old_logprobs, dtype=torch.bool)
 
 
-def mark_forking(tokens: dict[str, Tensor], config, seed: int) -> Tensor:
+def mark_forking(tokens: dict[str, Tensor], old_logprobs: Tensor, config, seed: int) -> Tensor:
     """Mark every forking token."""
     return select_tokens(
         "forking",
         fraction=config.forking_fraction,
         forking_fraction=config.forking_fraction,
         seed=seed,
-        logprobs=tokens["logprobs"],
-        entropy=tokens["entropy"],
-        advantages=tokens["advantages"],
+        **tokens,
     )
 
 
-def mark_covariance(tokens: dict[str, Tensor], config, seed: int) -> Tensor:
+def mark_covariance(tokens: dict[str, Tensor], old_logprobs: Tensor, config, seed: int) -> Tensor:
     """Mark the share KL_COV_FRACTION of tokens with the highest covariance, at least one."""
-    fraction = max(KL_COV_FRACTION, 1 / len(tokens["logprobs"]))
-    return select_tokens(
-        "covariance",
-        fraction=fraction,
-        seed=seed,
-        logprobs=tokens["logprobs"],
-        entropy=tokens["entropy"],
-        advantages=tokens["advantages"],
-    )
+    fraction = max(KL_COV_FRACTION, 1 / len(old_logprobs))
+    return select_tokens("covariance", fraction=fraction, seed=seed, **tokens)
 
 
-def mark_clip_cov(tokens: dict[str, Tensor], config, seed: int) -> Tensor:
+def mark_clip_cov(tokens: dict[str, Tensor], old_logprobs: Tensor, config, seed: int) -> Tensor:
     """Mark random tokens whose covariance is in CLIP_COV_RANGE and that are not clipped.
 
     They are the share CLIP_COV_FRACTION of all tokens, at least one.
@@ -149,7 +140,7 @@ def mark_clip_cov(tokens: dict[str, Tensor], config, seed: int) -> Tensor:
     clip_low, clip_high = CLIP_COV_CLIP
     already_clipped = clipped(
         tokens["logprobs"],
-        tokens["old_logprobs"],
+        old_logprobs,
         tokens["advantages"],
         clip_low=clip_low,
         clip_high=clip_high,

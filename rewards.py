@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from grading import GRADERS, GraderError, answer_key, extract_answer, is_equal
+from grading import GRADERS, GraderError, extract_answer, is_equal
 from rollout import Rollout, decode
 from support.config import UserError, lookup, require
 
@@ -89,19 +89,6 @@ def is_correct(problem: dict, text: str, grader: str) -> bool:
         return GRADERS[grader](text, problem["answer"])
     except GraderError as error:
         raise UserError(f"grader={grader}: {error}") from None
-
-
-def answer_of(problem: dict, text: str) -> str:
-    """Return a key that is equal for completions with the same answer; "" without an answer.
-
-    The key is the Countdown chain without spaces, or the value of the boxed answer.
-    """
-    if "numbers" in problem:
-        return "".join(text.split())
-    answer = extract_answer(text)
-    if answer is None:
-        return ""
-    return answer_key(answer)
 
 
 def grader_fingerprint(grader: str) -> str:

@@ -24,9 +24,8 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessor
 from transformers.cache_utils import DynamicLayer
 
 import grpo
-import scope
 from objectives import MicroBatch
-from support.models import cache_argument, hidden_states
+from support.models import hidden_states
 
 # ---------------------------------------------------------------- the sampler
 
@@ -72,55 +71,46 @@ def sample_tokens(probs: Tensor, number: Tensor) -> Tensor:
     return exceeds.to(torch.uint8).argmax(dim=-1)
 
 
-RECORDED_FIELDS = ("logprobs", "entropy", "self_certainty", "entropy_baseline")
+def token_numbers(logprobs: Tensor, tokens: Tensor) -> Tensor:
+    """Describe each token and its distribution by four numbers.  [n, V], [n] -> [n, 4]
+
+    They are the log-probability of the token, the entropy in nats, the self-certainty
+    KL(uniform || policy) = -log V - mean_v log p_v (Zhao et al. 2025), and sum_v p_v^2 (log p_v +
+    entropy), the baseline of scope.entropy_change_score.
+    """
+    probs = logprobs.exp()
+    entropy = -(probs * logprobs).sum(dim=1)
+    self_certainty = -logprobs.mean(dim=1) - math.log(logprobs.shape[1])
+    baseline = (probs**2 * (logprobs + entropy[:, None])).sum(dim=1)
+    chosen = logprobs.gather(1, tokens[:, None]).squeeze(1)
+    return torch.stack([chosen, entropy, self_certainty, baseline], dim=1)
 
 
 class StatelessSampler(LogitsProcessor):
     """Samples the next token and records it; `generate` then only takes the argmax.
 
-    Each call appends, for its b rows, the token and four numbers that describe
-    softmax(logits / temperature): the log-probability of the token, the entropy in nats, the
-    self-certainty KL(uniform || policy) = -log V - mean_v log p_v (Zhao et al. 2025), and
-    scope.entropy_baseline, which is 0 unless it is asked for. Temperature 0 is greedy decoding; the
-    numbers are then those of softmax(logits).
+    Each call appends, for its b rows, the token and the `token_numbers` of softmax(logits /
+    temperature). Temperature 0 is greedy decoding; the numbers are then those of softmax(logits).
     """
 
-    def __init__(
-        self,
-        rows: Tensor,
-        position: Tensor,
-        *,
-        seed: int,
-        step: int,
-        temperature: float,
-        entropy_baseline: bool = False,
-    ):
+    def __init__(self, rows: Tensor, position: Tensor, *, seed: int, step: int, temperature: float):
         self.rows = rows
         self.position = position
         self.seed = seed
         self.step = step
         self.temperature = temperature
-        self.entropy_baseline = entropy_baseline
         self.tokens: list[Tensor] = []
-        self.record: dict[str, list[Tensor]] = {name: [] for name in RECORDED_FIELDS}
+        self.record: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         logprobs = torch.log_softmax(scores.float() / (self.temperature or 1.0), dim=-1)
-        probs = logprobs.exp()
         if self.temperature > 0:
             number = uniform(self.seed, self.step, self.rows, self.position)
-            token = sample_tokens(probs, number)
+            token = sample_tokens(logprobs.exp(), number)
         else:
             token = logprobs.argmax(dim=-1)
-        entropy = -(probs * logprobs).sum(dim=-1)
-        baseline = torch.zeros_like(entropy)
-        if self.entropy_baseline:
-            baseline = (probs**2 * (logprobs + entropy[:, None])).sum(dim=-1)
         self.tokens.append(token)
-        self.record["logprobs"].append(logprobs.gather(1, token[:, None]).squeeze(1))
-        self.record["entropy"].append(entropy)
-        self.record["self_certainty"].append(-logprobs.mean(dim=-1) - math.log(logprobs.shape[-1]))
-        self.record["entropy_baseline"].append(baseline)
+        self.record.append(token_numbers(logprobs, token))
         self.position = self.position + 1
         return logprobs.scatter_(1, token[:, None], math.inf)
 
@@ -142,7 +132,7 @@ class Rollout:
     tokens: Tensor  # [B, C] int64
     mask: Tensor  # [B, C] bool
     stopped: Tensor  # [B] bool
-    logprobs: Tensor  # [B, C] float32, as are the next three; see StatelessSampler
+    logprobs: Tensor  # [B, C] float32, as are the next three; see token_numbers
     entropy: Tensor
     self_certainty: Tensor
     entropy_baseline: Tensor
@@ -256,7 +246,6 @@ def sample(
     step: int,
     batch_size: int = 256,
     segment: int = 128,
-    entropy_baseline: bool = False,
     progress=None,
 ) -> Rollout:
     """Sample one completion per prompt from softmax(logits / temperature), without top-k or top-p.
@@ -270,7 +259,7 @@ def sample(
     device = next(model.parameters()).device
     shape = (len(prompts), max_new_tokens)
     tokens = torch.zeros(shape, dtype=torch.long, device=device)
-    record = {name: torch.zeros(shape, device=device) for name in RECORDED_FIELDS}
+    record = torch.zeros(*shape, 4, device=device)
     stop_tensor = torch.tensor(stop, device=device)
     row_numbers = torch.tensor(rows, dtype=torch.long, device=device)
     batch = None
@@ -291,12 +280,11 @@ def sample(
                 seed=seed,
                 step=step,
                 temperature=temperature,
-                entropy_baseline=entropy_baseline,
             )
             output = model.generate(
                 input_ids=batch.ids,
                 attention_mask=batch.attention,
-                **cache_argument(model, batch.cache),
+                past_key_values=batch.cache,
                 logits_processor=[sampler],
                 generation_config=generation_config(
                     min(segment, max_new_tokens - int(batch.lengths.max())), stop
@@ -306,8 +294,7 @@ def sample(
             sampled = torch.stack(sampler.tokens[:count], dim=1)
             index = batch.rows[:, None], batch.lengths[:, None] + torch.arange(count, device=device)
             tokens[index] = sampled
-            for name, values in record.items():
-                values[index] = torch.stack(sampler.record[name][:count], dim=1)
+            record[index] = torch.stack(sampler.record[:count], dim=1)
             finished = torch.isin(sampled, stop_tensor).any(dim=1) | (
                 batch.lengths + count == max_new_tokens
             )
@@ -319,10 +306,9 @@ def sample(
     mask = is_stop.cumsum(dim=1) - is_stop.long() == 0  # no stop token *before* this position
     stopped = (is_stop & mask).any(dim=1)
     width = int(mask.sum(dim=1).max()) if prompts else 0
-    record = {name: values.masked_fill(~mask, 0.0)[:, :width] for name, values in record.items()}
-    return Rollout(
-        list(prompts), tokens.masked_fill(~mask, 0)[:, :width], mask[:, :width], stopped, **record
-    )
+    tokens = tokens.masked_fill(~mask, 0)[:, :width]
+    record = record.masked_fill(~mask[:, :, None], 0.0)[:, :width].unbind(dim=2)
+    return Rollout(list(prompts), tokens, mask[:, :width], stopped, *record)
 
 
 def sampling_settings(config) -> dict:
@@ -401,22 +387,15 @@ class Batch:
 
         The KV cache of this batch is changed in place.
         """
-        width = max(self.ids.shape[1], other.ids.shape[1])
         for mine, new in zip(self.cache.layers, other.cache.layers):
-            mine.keys = torch.cat(
-                [pad_left(mine.keys, width - 1, dim=-2), pad_left(new.keys, width - 1, dim=-2)]
-            )
-            mine.values = torch.cat(
-                [pad_left(mine.values, width - 1, dim=-2), pad_left(new.values, width - 1, dim=-2)]
-            )
+            mine.keys = stack_rows(mine.keys, new.keys, dim=-2)
+            mine.values = stack_rows(mine.values, new.values, dim=-2)
             mine.memory = []
         return Batch(
             torch.cat([self.rows, other.rows]),
             torch.cat([self.lengths, other.lengths]),
-            torch.cat([pad_left(self.ids, width, dim=-1), pad_left(other.ids, width, dim=-1)]),
-            torch.cat(
-                [pad_left(self.attention, width, dim=-1), pad_left(other.attention, width, dim=-1)]
-            ),
+            stack_rows(self.ids, other.ids, dim=-1),
+            stack_rows(self.attention, other.attention, dim=-1),
             self.cache,
         )
 
@@ -504,7 +483,7 @@ def prefill(model, prompts: list[list[int]], rows: range) -> Batch:
     model.base_model(
         ids[:, :-1],
         attention_mask=attention[:, :-1],
-        **cache_argument(model, cache),
+        past_key_values=cache,
         use_cache=True,
         position_ids=(attention[:, :-1].cumsum(dim=1) - 1).clamp(min=0),
     )
@@ -514,10 +493,17 @@ def prefill(model, prompts: list[list[int]], rows: range) -> Batch:
     return Batch(numbers, torch.zeros_like(numbers), ids[copies], attention[copies], cache)
 
 
-def pad_left(x: Tensor, size: int, *, dim: int) -> Tensor:
-    """Pad x with zeros on the left to `size`; `dim` is negative: -1 is the last."""
-    before_last = [0, 0] * (-1 - dim)
-    return functional.pad(x, [*before_last, size - x.shape[dim], 0])
+def stack_rows(a: Tensor, b: Tensor, *, dim: int) -> Tensor:
+    """Concatenate the rows of two tensors; the narrower one gets zeros on its left.
+
+    `dim`, which is -1 or -2, is the dimension of the columns.
+    """
+    width = max(a.shape[dim], b.shape[dim])
+    padded = []
+    for x in (a, b):
+        before_last = [0, 0] * (-1 - dim)
+        padded.append(functional.pad(x, [*before_last, width - x.shape[dim], 0]))
+    return torch.cat(padded)
 
 
 def decode(tokenizer, rollout: Rollout) -> list[str]:
@@ -540,17 +526,9 @@ def rescore(policy, rollout: Rollout, config, world) -> Rollout:
     temperature = config.temperature or 1.0
 
     def score(hidden: Tensor, targets: Tensor) -> Tensor:
-        logits = head(hidden)
-        return torch.stack(
-            [
-                grpo.token_logprobs(logits, targets, temperature=temperature),
-                grpo.token_entropy(logits, temperature=temperature),
-                scope.entropy_baseline(logits, temperature=temperature),
-            ],
-            dim=1,
-        )
+        return token_numbers(torch.log_softmax(head(hidden) / temperature, dim=1), targets)
 
-    scores = torch.zeros(*rollout.mask.shape, 3, device=rollout.mask.device)
+    record = torch.zeros(*rollout.mask.shape, 4, device=rollout.mask.device)
     for rows in rollout.micro_batches(config):
         tokens, predicts_completion = rollout.pad(rows)
         mask = rollout.mask[rows]
@@ -559,10 +537,8 @@ def rescore(policy, rollout: Rollout, config, world) -> Rollout:
             values = grpo.in_chunks(
                 score, hidden, rollout.tokens[rows][mask], size=config.logits_chunk
             )
-        block = torch.zeros(*mask.shape, 3, device=mask.device)
+        block = torch.zeros(*mask.shape, 4, device=mask.device)
         block[mask] = values
-        scores[rows] = block
-    logprobs, entropy, entropy_baseline = scores.unbind(dim=2)
-    return dataclasses.replace(
-        rollout, logprobs=logprobs, entropy=entropy, entropy_baseline=entropy_baseline
-    )
+        record[rows] = block
+    names = ("logprobs", "entropy", "self_certainty", "entropy_baseline")
+    return dataclasses.replace(rollout, **dict(zip(names, record.unbind(dim=2))))

@@ -61,20 +61,7 @@ def select_tokens(
     would be selected. Here only tokens with s > 0 are candidates, and never more than K are
     selected.
     """
-    if strategy not in STRATEGIES:
-        raise ValueError(f"unknown strategy {strategy!r}: choose one of {', '.join(STRATEGIES)}")
-    if not 0 <= fraction <= 1 or not 0 < forking_fraction < 1:
-        raise ValueError(
-            f"fraction {fraction} and forking_fraction {forking_fraction} must lie between 0 and 1"
-        )
-    if not logprobs.shape == entropy.shape == advantages.shape or logprobs.ndim != 1:
-        raise ValueError(
-            f"need flat vectors of one length, got logprobs {tuple(logprobs.shape)}, "
-            f"entropy {tuple(entropy.shape)}, advantages {tuple(advantages.shape)}"
-        )
     record = STRATEGIES[strategy]
-    if record.needs_entropy_baseline and entropy_baseline is None:
-        raise ValueError(f"{strategy} needs entropy_baseline: see entropy_change_score")
     n = logprobs.numel()
     # One random order of the tokens breaks all ties. It is drawn on the CPU, so every device gets
     # the same order.
@@ -134,7 +121,6 @@ class Strategy(NamedTuple):
     candidates: Callable[[StepTokens], Tensor]  # which tokens may be selected, bool [N]
     score: Callable[[StepTokens], Tensor] | None = None  # [N], highest first; None: at random
     fraction: float | None = None  # a fixed share of the tokens, instead of selection.fraction
-    needs_entropy_baseline: bool = False  # the sampler has to record entropy_baseline
 
     @property
     def selects(self) -> bool:
@@ -245,10 +231,6 @@ def decompose(probs: Tensor, abs_advantage: Tensor, *, eta: float = 1.0) -> Deco
     >>> S, L + R
     (tensor([0.8400, 0.8400]), tensor([0.8400, 0.8400]))
     """
-    if probs.shape != abs_advantage.shape:
-        raise ValueError(
-            f"shapes differ: probs {tuple(probs.shape)}, abs_advantage {tuple(abs_advantage.shape)}"
-        )
     others = over_others(probs)  # 1 - p_v
     S = eta * probs * (others * abs_advantage + over_others(probs * abs_advantage))
     L = 2 * eta * advantage_scale(probs, abs_advantage) * probs * others
@@ -270,28 +252,17 @@ def residual_ratio(probs: Tensor, abs_advantage: Tensor) -> Tensor:
 # ---------------------------------------------------------------- beyond the paper
 
 
-def entropy_baseline(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """Return sum_v pi(v)^2 (log pi(v) + H) at each position.  [.., V] -> [..]
-
-    `entropy_change_score` needs it.
-    """
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    logprobs = torch.log_softmax(logits.to(dtype) / temperature, dim=-1)
-    entropy = -(logprobs.exp() * logprobs).sum(dim=-1, keepdim=True)
-    return ((2 * logprobs).exp() * (logprobs + entropy)).sum(dim=-1)
-
-
 def entropy_change_score(
     logprobs: Tensor, entropy: Tensor, advantages: Tensor, entropy_baseline: Tensor
 ) -> Tensor:
     """Score tokens by the entropy that their policy gradient takes away.  All [N] -> [N]
 
     A step of size eta along A (1[y] - pi) changes the entropy at this token's context by dH = -eta
-    A [p_y (log p_y + H) - sum_v pi(v)^2 (log pi(v) + H)]. The score is max(-dH / eta, 0), and
+    A [p_y (log p_y + H) - sum_v pi(v)^2 (log pi(v) + H)]. The score is -dH / eta, and
     `entropy_baseline` is the sum over v. p (1 - p) cannot tell p from 1 - p, but this score can:
-    reinforcing a token that is rarer than e^-H raises the entropy, and such a token scores 0.
+    reinforcing a token that is rarer than e^-H raises the entropy, and its score is negative.
     """
-    return (advantages * (logprobs.exp() * (logprobs + entropy) - entropy_baseline)).clamp(min=0)
+    return advantages * (logprobs.exp() * (logprobs + entropy) - entropy_baseline)
 
 
 def step_entropy_change(tokens: StepTokens) -> Tensor:
@@ -301,9 +272,5 @@ def step_entropy_change(tokens: StepTokens) -> Tensor:
 
 
 STRATEGIES |= {
-    "entropy_change": Strategy(
-        lambda tokens: step_entropy_change(tokens) > 0,
-        step_entropy_change,
-        needs_entropy_baseline=True,
-    )
+    "entropy_change": Strategy(lambda tokens: step_entropy_change(tokens) > 0, step_entropy_change)
 }

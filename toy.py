@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from tokenizers import AddedToken, Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, SeedOssConfig, SeedOssForCausalLM
 
@@ -194,14 +195,12 @@ def collate(pairs: list[tuple[str, str]], tokenizer) -> tuple[torch.Tensor, torc
     """
     prompts = tokenizer([prompt for prompt, _ in pairs]).input_ids
     answers = tokenizer([f"{chain} {tokenizer.eos_token}" for _, chain in pairs]).input_ids
-    width = max(len(prompt) + len(answer) for prompt, answer in zip(prompts, answers))
-    tokens = torch.zeros(len(pairs), width, dtype=torch.long)
-    labels = torch.full((len(pairs), width), -100)
-    for row, (prompt, answer) in enumerate(zip(prompts, answers)):
-        end = len(prompt) + len(answer)
-        tokens[row, :end] = torch.tensor(prompt + answer)
-        labels[row, len(prompt) : end] = torch.tensor(answer)
-    return tokens, labels
+    tokens = []
+    labels = []
+    for prompt, answer in zip(prompts, answers):
+        tokens.append(torch.tensor(prompt + answer))
+        labels.append(torch.tensor([-100] * len(prompt) + answer))
+    return pad_sequence(tokens, True), pad_sequence(labels, True, padding_value=-100)
 
 
 if __name__ == "__main__":

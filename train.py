@@ -18,6 +18,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,15 +38,7 @@ import data
 import grpo
 import scope
 import toy
-from evaluate import (
-    POWERS_OF_2,
-    Evaluation,
-    caption,
-    evaluate,
-    evaluate_once,
-    evaluation_metrics,
-    metrics_table,
-)
+from evaluate import Evaluation, caption, compare, evaluate, evaluation_metrics, metrics_table
 from objectives import OBJECTIVES, MicroBatch
 from rewards import REWARDS, check_grader, grade
 from rollout import Rollout, rescore, sample, sampling_settings
@@ -62,7 +55,7 @@ from support.config import (
 )
 from support.distributed import StopSignal, World, note
 from support.files import fingerprint, lock, replace_folder, replace_text
-from support.log import Log, model_card, open_run_folder
+from support.log import Log, open_run_folder
 from support.optimizer import MasterAdamW
 
 
@@ -104,8 +97,7 @@ def train(run: Run, log: Log, start: int, base: dict[str, Evaluation]) -> None:
 
         # 2 rollouts: a completion per row, with log-probability and entropy of every token
         prompts = data.prompt_ids(run.tokenizer, problems, config.prompt)
-        entropy_baseline = scope.STRATEGIES[config.selection.strategy].needs_entropy_baseline
-        settings = sampling_settings(config) | {"entropy_baseline": entropy_baseline}
+        settings = sampling_settings(config)
         with world.autocast():
             rollout = sample(
                 run.policy, prompts, rows, stop=run.stop, seed=config.seed, step=step, **settings
@@ -221,23 +213,21 @@ def select(
     }
     of_this_rank = torch.stack([column[mask].float() for column in columns.values()], dim=1)
     tokens = dict(zip(columns, world.gather(of_this_rank).unbind(dim=1)))  # each [N]
+    old_logprobs = tokens.pop("old_logprobs")
     selected = scope.select_tokens(
         config.selection.strategy,
         fraction=config.selection.fraction,
         forking_fraction=config.forking_fraction,
         seed=seed,
-        logprobs=tokens["logprobs"],
-        entropy=tokens["entropy"],
-        advantages=tokens["advantages"],
-        entropy_baseline=tokens["entropy_baseline"],
+        **tokens,
     )
-    token_mask = OBJECTIVES[config.objective].token_mask(tokens, config, seed)
+    token_mask = OBJECTIVES[config.objective].token_mask(tokens, old_logprobs, config, seed)
     counts = world.gather(torch.tensor([len(of_this_rank)], device=mask.device)).tolist()
     selected_here = torch.zeros_like(mask)
     selected_here[mask] = selected.split(counts)[world.rank]
     token_mask_here = torch.zeros_like(mask)
     token_mask_here[mask] = token_mask.split(counts)[world.rank]
-    return selected_here, token_mask_here, selection_metrics(tokens, selected, token_mask, config)
+    return selected_here, token_mask_here, selection_metrics(tokens, selected, token_mask)
 
 
 # ---------------------------------------------------------------- 6 update
@@ -444,21 +434,16 @@ def rollout_metrics(rollout: Rollout, config, world: World) -> dict[str, float]:
     columns = [
         rollout.rewards,
         rollout.correct.float(),
-        rollout.advantages,
         rollout.lengths.float(),
         rollout.stopped.float(),
     ]
-    rewards, correct, advantages, lengths, stopped = world.gather(
-        torch.stack(columns, dim=1)
-    ).unbind(dim=1)
+    rewards, correct, lengths, stopped = world.gather(torch.stack(columns, dim=1)).unbind(dim=1)
     entropy = world.gather(rollout.entropy[rollout.mask])
     groups = rewards.view(-1, config.group_size)  # a group is never split over ranks
     metrics = {
         "reward/mean": rewards.mean(),
         "reward/accuracy": correct.mean(),
         "group/frac_zero_std": (groups.amax(dim=1) == groups.amin(dim=1)).float().mean(),
-        "advantage/min": advantages.min(),
-        "advantage/max": advantages.max(),
         "length/mean": lengths.mean(),
         "length/frac_truncated": 1 - stopped.mean(),
         "entropy": entropy.mean(),
@@ -468,7 +453,7 @@ def rollout_metrics(rollout: Rollout, config, world: World) -> dict[str, float]:
 
 
 def selection_metrics(
-    tokens: dict[str, Tensor], selected: Tensor, token_mask: Tensor, config
+    tokens: dict[str, Tensor], selected: Tensor, token_mask: Tensor
 ) -> dict[str, float]:
     """Describe which of the step's N tokens were selected, over all ranks."""
     scores = scope.redistribution_score(tokens["logprobs"].exp(), tokens["advantages"])
@@ -477,10 +462,6 @@ def selection_metrics(
         "selection/candidates": (scores > 0).float().mean(),
         "objective/fraction": token_mask.float().mean(),
     }
-    if scope.STRATEGIES[config.selection.strategy].fraction is None:
-        metrics["selection/shortfall"] = (
-            round(config.selection.fraction * len(selected)) - selected.sum()
-        )
     if selected.any():
         metrics |= {
             "selection/p": tokens["logprobs"][selected].exp().mean(),
@@ -529,29 +510,10 @@ def print_step(
         )
 
 
-def evaluate_base(run: Run) -> dict[str, Evaluation]:
-    """Evaluate the base model on every held-out file.
-
-    The results are cached on disk, because runs with other seeds start from the same base model.
-    """
-    results = {}
-    for file, problems in run.heldout.items():
-        results[file] = evaluate_once(
-            run.policy,
-            run.tokenizer,
-            problems,
-            run.config,
-            run.world,
-            samples=run.config.evaluation.samples,
-            seed=run.config.evaluation.seed,
-            title="evaluation of the base model",
-            folder=Path("runs/base-evaluations"),
-        )
-    return results
-
-
-def evaluate_policy(run: Run, files: list[str], samples: int) -> dict[str, Evaluation]:
-    """Evaluate the current policy on some of the held-out files."""
+def evaluate_policy(
+    run: Run, files: Iterable[str], samples: int, folder: Path | None = None
+) -> dict[str, Evaluation]:
+    """Evaluate the current policy on some of the held-out files; `folder` keeps the results."""
     results = {}
     for file in files:
         results[file] = evaluate(
@@ -563,6 +525,7 @@ def evaluate_policy(run: Run, files: list[str], samples: int) -> dict[str, Evalu
             samples=samples,
             seed=run.config.evaluation.seed,
             title=f"evaluation on {file}",
+            folder=folder,
         )
     return results
 
@@ -570,30 +533,21 @@ def evaluate_policy(run: Run, files: list[str], samples: int) -> dict[str, Evalu
 def finish(run: Run, log: Log, base: dict[str, Evaluation]) -> None:
     """Evaluate and save the trained model; print a table that compares it with the base model."""
     config = run.config
-    trained = evaluate_policy(run, list(run.heldout), config.evaluation.samples)
+    trained = evaluate_policy(run, run.heldout, config.evaluation.samples)
     if not run.world.is_main:
         return
     log.metrics(config.steps, evaluation_metrics(trained, base))
-    tables = {}
-    for file, result in trained.items():
-        pair = {"base": base[file].summary(base[file]), "trained": result.summary(base[file])}
-        table = f"{metrics_table(pair)}\n{caption(*result.correct.shape, config.temperature)}\n"
-        log.print(f"\n{file}:\n\n{table}")
-        tables[file] = table
-    with replace_folder(run.folder / "model") as unfinished:
-        run.policy.save_pretrained(unfinished)
-        run.tokenizer.save_pretrained(unfinished)
-        (unfinished / "README.md").write_text(model_card(config, tables), encoding="utf-8")
     report = {}
     for file, result in trained.items():
         models = {"base": base[file], "trained": result}
-        report[file] = {
-            name: model.summary(base[file], POWERS_OF_2) for name, model in models.items()
-        }
-        report[file]["samples"] = config.evaluation.samples
-        report[file]["correct"] = {
-            name: model.correct.sum(axis=1).tolist() for name, model in models.items()
-        }
+        report[file] = compare(models)
+        table = metrics_table(report[file])
+        log.print(f"\n{file}:\n\n{table}\n{caption(*result.correct.shape, config.temperature)}\n")
+        correct = {name: model.correct.sum(axis=1).tolist() for name, model in models.items()}
+        report[file] |= {"samples": config.evaluation.samples, "correct": correct}
+    with replace_folder(run.folder / "model") as unfinished:
+        run.policy.save_pretrained(unfinished)
+        run.tokenizer.save_pretrained(unfinished)
     replace_text(run.folder / "evaluation.json", json.dumps(report, indent=1) + "\n")
     log.print(
         f"written to {run.folder}/: config.yaml, metrics.jsonl (a line a step), "
@@ -748,7 +702,9 @@ def run_training(run: Run, resume: bool) -> None:
         f"resume=true: {run.folder} has no checkpoint yet; delete it and start again, or give "
         "resume=auto",
     )
-    base = evaluate_base(run)  # before a checkpoint is loaded: the policy still is the base model
+    # before a checkpoint is loaded the policy is the base model, which runs with other seeds share
+    stored = Path("runs/base-evaluations")
+    base = evaluate_policy(run, run.heldout, config.evaluation.samples, stored)
     start = 0
     if saved is not None:
         start = checkpoint.load(run, saved)

@@ -5,10 +5,10 @@ A grader takes (completion, gold answer) and returns whether the completion is r
 
 from grading import math_verify
 from grading.answers import extract_answer, gold_answer
-from grading.matching import answer_key, is_equal
+from grading.matching import is_equal
 from grading.math_verify import GraderError
 
-__all__ = ["GRADERS", "GraderError", "answer_key", "extract_answer", "gold_answer", "is_equal"]
+__all__ = ["GRADERS", "GraderError", "extract_answer", "gold_answer", "is_equal"]
 
 
 def grade_exactly(text: str, gold: str) -> bool:

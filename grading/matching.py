@@ -74,18 +74,6 @@ def is_same(answer: str, gold: str, budget: Budget) -> bool:
         return False
 
 
-def answer_key(answer: str) -> str:
-    """Return a text to count votes by: answers that share it are equal, units aside."""
-    if len(answer) > 1000:
-        return answer.strip()
-    answer = join_thousands(normalise(answer))
-    text = plain_text(answer)
-    try:
-        return text if re.fullmatch("[a-zA-Z]{2,}", text) else str(read(answer, Budget()))
-    except NoValue:
-        return text
-
-
 # ---------------------------------------------------------------- reading
 
 
@@ -103,14 +91,6 @@ class Node(NamedTuple):
     kind: str
     content: object
     sides: tuple = ()
-
-    def __str__(self):
-        if self.kind in ("value", "text"):
-            return str(self.content)
-        nodes = [str(node) for node in self.content]
-        if self.kind in ("list", "set"):
-            return f"list{sorted(nodes)}"
-        return f"{self.kind}{nodes}"
 
 
 def nesting(token: str) -> int:

@@ -1,13 +1,10 @@
-"""Draw the pictures of `paper.reproduce`, and the training curves of runs.
-
-    python -m paper.figures runs/a runs/b      # training curves, to training_curves.png
+"""Draw the pictures of `paper.reproduce`.
 
 `runs` are lines of runs.jsonl, as in paper.tables. matplotlib is imported only when something is
 drawn; `plot` is matplotlib.pyplot.
 """
 
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +20,6 @@ from paper.tables import (
     test_files,
     validation_metrics,
 )
-from support.config import one_line_errors, require
-from support.files import read_jsonl
 
 STYLE = {
     "savefig.dpi": 160,
@@ -132,24 +127,6 @@ def pass_at_k(plot, runs: list[dict]):
     return figure
 
 
-def curves_picture(plot, runs: list[dict]):
-    """Draw accuracy and entropy of the training completions over the steps, means over seeds."""
-    methods = reported(runs)
-    figure, axes = plot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    titles = {"reward/accuracy": "accuracy of the step's completions", "entropy": "entropy (nats)"}
-    longest = max(len(of_method[0]["curves"]["entropy"]) for of_method in methods.values())
-    smooth = max(1, longest // 20)  # of so many steps the mean is drawn
-    for axis, (name, title) in zip(axes, titles.items()):
-        for method, of_method in methods.items():
-            curve = np.mean([run["curves"][name] for run in of_method], axis=0)
-            means = curve[: len(curve) // smooth * smooth].reshape(-1, smooth).mean(axis=1)
-            x = (np.arange(len(means)) + 0.5) * smooth
-            axis.plot(x, means, color=color_of(method, methods), label=method)
-        axis.set(xlabel="step", title=title)
-    legend_below(figure, axes[0])
-    return figure
-
-
 def shares_of(methods: dict) -> dict[str, dict[float, list[dict]]]:
     """Return {label of λ: {q in per cent: runs}} of the methods called "λ = 0.1, q = 5 %"."""
     shares: dict[str, dict] = {}
@@ -194,46 +171,6 @@ def pictures_of(runs: list[dict]) -> dict:
     methods = reported(runs)
     if shares_of(methods):
         return {"shares.png": shares_picture}
-    if 0 < len(methods) <= len(COLORS):  # more curves could not be told apart
-        drawings["curves.png"] = curves_picture
     if {"GRPO", "SCOPE"} <= methods.keys():
         drawings["pass_at_k.png"] = pass_at_k
     return drawings
-
-
-# ---------------------------------------------------------------- training curves
-
-CURVES = {
-    "accuracy of the step's completions": "reward/accuracy",
-    "entropy (nats)": "entropy",
-    "KL on selected tokens (nats)": "kl/selected",
-    "completion length (tokens)": "length/mean",
-    "held-out Pass@1": "eval/pass@1",
-    "held-out Pass@16": "eval/pass@16",
-}
-
-
-def training_curves(plot, folders: list[str]):
-    """Draw six metrics of several runs over their steps."""
-    figure, axes = plot.subplots(2, 3, figsize=(11, 6.4), layout="constrained")
-    for i, folder in enumerate(folders):
-        rows = read_jsonl(Path(folder) / "metrics.jsonl")
-        for axis, (title, key) in zip(axes.flat, CURVES.items()):
-            points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
-            axis.plot(*zip(*points), ".-", color=f"C{i}", label=folder)
-            axis.set(xlabel="step", title=title)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center")
-    return figure
-
-
-def main(folders: list[str]) -> None:
-    require(bool(folders), "give folders of runs: python -m paper.figures runs/a runs/b")
-    for folder in folders:
-        file = Path(folder) / "metrics.jsonl"
-        require(file.is_file(), f"{folder}: there is no metrics.jsonl; give folders of runs")
-    print(picture(Path("training_curves.png"), training_curves, folders))
-
-
-if __name__ == "__main__":
-    with one_line_errors():
-        main(sys.argv[1:])

@@ -48,10 +48,12 @@ def entropy_fall(rollout: Rollout) -> Tensor:
     It is negative where the update raises the entropy.
     """
     mask = rollout.mask
-    logprobs = rollout.logprobs[mask]
-    advantages = rollout.advantages[:, None].expand_as(mask)[mask]
-    slope = logprobs.exp() * (logprobs + rollout.entropy[mask]) - rollout.entropy_baseline[mask]
-    return advantages * slope
+    return scope.entropy_change_score(
+        rollout.logprobs[mask],
+        rollout.entropy[mask],
+        rollout.advantages[:, None].expand_as(mask)[mask],
+        rollout.entropy_baseline[mask],
+    )
 
 
 def token_groups(rollout: Rollout, fall: Tensor) -> dict[str, Tensor]:
@@ -114,7 +116,7 @@ def measure_run(run: Run, method: str, seed: int) -> list[dict]:
     """Train, and return a line for every tenth step."""
     lines = []
     for step in tqdm(range(run.config.steps), f"{method}, seed {seed}", disable=None):
-        _, rollout = draw_step(run, step, entropy_baseline=True)
+        _, rollout = draw_step(run, step)
         if step % EVERY == 0:
             line = {"method": method, "seed": seed, "step": step, "commit": versions()["commit"]}
             line["accuracy"] = float(rollout.correct.float().mean())

@@ -29,11 +29,10 @@ from train import Run, draw_problems, learning_rate, select, set_learning_rate, 
 SETTINGS = {"step": 20, "out": "docs/one-step.md"}
 
 
-def draw_step(run: Run, step: int, entropy_baseline: bool = False) -> tuple[list[dict], Rollout]:
+def draw_step(run: Run, step: int) -> tuple[list[dict], Rollout]:
     """Do parts 1 to 5 of a training step as train.py does them, without an update.
 
-    Returns the problem of each of the B completions, and the rollout with its selected tokens, and
-    with entropy_baseline if it is asked for.
+    Returns the problem of each of the B completions, and the rollout with its selected tokens.
     """
     config = run.config
     require(
@@ -42,8 +41,7 @@ def draw_step(run: Run, step: int, entropy_baseline: bool = False) -> tuple[list
     )
     problems, rows = draw_problems(run.problems, step, config, run.world)
     prompts = data.prompt_ids(run.tokenizer, problems, config.prompt)
-    entropy_baseline |= scope.STRATEGIES[config.selection.strategy].needs_entropy_baseline
-    settings = sampling_settings(config) | {"entropy_baseline": entropy_baseline}
+    settings = sampling_settings(config)
     with run.world.autocast():
         rollout = sample(
             run.policy, prompts, rows, stop=run.stop, seed=config.seed, step=step, **settings

@@ -307,7 +307,7 @@ def summarise(folder: Path, stage: str, stops: tuple) -> dict:
 
     A tuning run has {step: validation metrics}. A test run has for each file the number of samples,
     the number of correct ones of each problem, of the base model and of the trained one, and the
-    other metrics; and the accuracy and entropy of each step's completions.
+    other metrics.
     """
     rows = read_jsonl(folder / "metrics.jsonl")
     seconds = sum(sum(v for key, v in row.items() if key.startswith("time/")) for row in rows)
@@ -321,10 +321,7 @@ def summarise(folder: Path, stage: str, stops: tuple) -> dict:
     test = {}
     for file, result in json.loads((folder / "evaluation.json").read_text()).items():
         test[Path(file).stem] = result
-    curves = {}
-    for name in ("reward/accuracy", "entropy"):
-        curves[name] = [round(row[name], 4) for row in rows if name in row]
-    return {"seconds": seconds, "test": test, "curves": curves}
+    return {"seconds": seconds, "test": test}
 
 
 def cpu_model() -> str:

@@ -1,4 +1,4 @@
-"""Show where SCOPE acts: which kinds of tokens it selects, and a picture of some completions.
+"""Show where SCOPE acts: draw some completions with the scores of their tokens.
 
     python -m paper.tokens                                           # the untrained toy model
     python -m paper.tokens recipe=runs/a/config.yaml model=runs/a/model    # after a run of train.py
@@ -11,10 +11,6 @@ import html
 import sys
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
-from evaluate import markdown_table
 from paper.one_step import draw_step, token_scores
 from support.config import load_config, one_line_errors, show_help
 from support.distributed import start
@@ -22,54 +18,6 @@ from support.files import replace_text
 from train import set_up
 
 SETTINGS = {"step": 0, "out": "analyses/tokens.svg"}
-SYMBOLS = dict.fromkeys("+-*/", "operator") | dict.fromkeys("=,", "separator")
-
-
-def token_roles(tokens: list[str], stop: list[str]) -> list[str]:
-    r"""Name the role of each token of an arithmetic answer.
-
-    Numbers after `=` or in a \boxed{} are results, others are operands. Letters are words, but
-    those of \boxed{}, and what has no other role, are format.
-
-    >>> token_roles(["3", "*", "5", "=", "15", ",", "<eos>"], stop=["<eos>"])
-    ['operand', 'operator', 'operand', 'separator', 'result', 'separator', 'stop']
-    """
-    roles = []
-    after_equals = False
-    in_box = False
-    for token in tokens:
-        word = token.strip()
-        if token in stop:
-            role = "stop"
-        elif word.isdecimal():  # or a piece of a number
-            role = "result" if after_equals or in_box else "operand"
-        elif word.isalpha() and not in_box:
-            role = "word"
-        else:
-            role = SYMBOLS.get(word, "format")
-        if word and not word.isdecimal():
-            after_equals = word == "="
-            in_box = word.endswith("\\") or in_box and "}" not in word
-        roles.append(role)
-    return roles
-
-
-def role_table(roles: list[str], selected: Tensor, scores: Tensor) -> str:
-    """Write each role's share of all tokens and of the selected ones, and its mean score.
-
-    The three arguments are flat, one entry per token of the step.
-    """
-    lines = []
-    for role in sorted(set(roles)):
-        of_role = torch.tensor([other == role for other in roles])
-        share = of_role.float().mean()
-        of_selected = selected[of_role].sum() / selected.sum().clamp(min=1)
-        lines.append([role, f"{share:.1%}", f"{of_selected:.1%}", f"{scores[of_role].mean():.3f}"])
-    return markdown_table(["role", "of all tokens", "of selected tokens", "mean score"], lines)
-
-
-# ---------------------------------------------------------------- the picture
-
 CHARACTER = 8  # pixels: width of a character, with some to spare
 LINE = 32
 MARGIN = 20
@@ -127,17 +75,10 @@ def main(arguments: list[str]) -> None:
         run = set_up(config, world, Path("runs"))
         problems, rollout = draw_step(run, config.step)
     scores = token_scores(rollout)
-    stop = [run.tokenizer.decode([token]) for token in run.stop]
-    texts = []
-    roles = []
-    for tokens, mask in zip(rollout.tokens, rollout.mask):
-        texts.append([run.tokenizer.decode([token]) for token in tokens[mask].tolist()])
-        roles += token_roles(texts[-1], stop)
     print(
         f"{config.model}, step {config.step}: {config.selection.strategy} selects "
-        f"{int(rollout.selected.sum())} of {len(roles)} tokens"
+        f"{int(rollout.selected.sum())} of {int(rollout.mask.sum())} tokens"
     )
-    print(role_table(roles, rollout.selected[rollout.mask], scores[rollout.mask]))
     # Show completions of the group with the most selected tokens.
     groups = rollout.selected.sum(dim=1).view(-1, config.group_size)
     first = int(groups.sum(dim=1).argmax()) * config.group_size
@@ -147,8 +88,10 @@ def main(arguments: list[str]) -> None:
     for row in (first + order[[0, 1, -2, -1]]).tolist():
         verdict = "right" if rollout.correct[row] else "wrong"
         label = f"{verdict} A {rollout.advantages[row]:+.2f}"
+        completion = rollout.tokens[row][rollout.mask[row]].tolist()
+        texts = [run.tokenizer.decode([token]) for token in completion]
         # zip ends with the texts, which have no padding
-        shown.append((label, list(zip(texts[row], *(column[row].tolist() for column in columns)))))
+        shown.append((label, list(zip(texts, *(column[row].tolist() for column in columns)))))
     title = problems[first].get("problem") or run.tokenizer.decode(rollout.prompts[first])
     replace_text(Path(config.out), svg(title, shown))
     print(f"written: {config.out}")

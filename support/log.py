@@ -1,4 +1,4 @@
-"""Names a run and writes its folder runs/<name>/: settings, metrics, samples and model card."""
+"""Names a run and writes its folder runs/<name>/: settings, metrics and samples."""
 
 import importlib.util
 import json
@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 import transformers
-import yaml
 from tqdm import tqdm
 
 from support.config import flatten, read_defaults, read_recipe, read_run_config, require, to_yaml
@@ -202,36 +201,3 @@ def versions() -> dict[str, str]:
         "transformers": transformers.__version__,
         "device": device,
     }
-
-
-def model_card(config, tables: dict[str, str]) -> str:
-    """Write the README.md of a trained model: metadata for the hub, settings and tables."""
-    flat = flatten(config)
-    defaults = read_defaults()
-    changed = {
-        key: value
-        for key, value in flat.items()
-        if value != defaults[key] and key not in ("name", "resume")
-    }
-    head = {
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": [
-            "reinforcement-learning",
-            config.objective,
-            config.selection.strategy,
-            config.reward,
-        ],
-    }
-    if config.model.count("/") == 1 and not config.model.startswith((".", "/")):
-        head["base_model"] = config.model
-    parts = [
-        f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n",
-        f"# {config.model} after {config.steps} steps of GRPO\n",
-        'Trained with the method of "A Few Bad Apples Spoil the Bunch", with these settings:\n',
-        f"```yaml\n{to_yaml(changed)}```\n",
-        "## Evaluation\n",
-    ]
-    for file, table in tables.items():
-        parts.append(f"{file}:\n\n{table}")
-    return "\n".join(parts)

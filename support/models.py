@@ -5,11 +5,10 @@ the logits of a whole batch never exist. `load` refuses models whose logits are 
 lm_head(hidden states).
 """
 
-import inspect
 import json
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -25,7 +24,7 @@ from transformers import (
 )
 
 from support.config import UserError, require
-from support.distributed import note, pinned_copy
+from support.distributed import pinned_copy
 
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()  # check_tensors reports missing tensors
@@ -98,12 +97,6 @@ def load_tokenizer(name: str):
         f"model={name}: its tokenizer has {tokens} tokens and the model only {shape.vocab_size}: "
         "give a folder whose tokenizer and weights belong together",
     )
-    if tokenizer.chat_template is not None:
-        chat = [{"role": "user", "content": "?"}]
-        with suppress(UserError):  # a template that fails matters only if it is used
-            texts = [render_chat(tokenizer, chat, add_generation_prompt=on) for on in (True, False)]
-            if texts[0] == texts[1]:
-                note(f"model={name}: its chat template adds nothing after the user's turn")
     return tokenizer, shape
 
 
@@ -135,20 +128,12 @@ def check_tensors(name: str, report: dict) -> None:
 
     transformers only warns of these.
     """
-    problems = []
-    mismatched = [str(entry[0]) for entry in report["mismatched_keys"]]
-    for keys, what in (
-        (report["missing_keys"], "missing"),
-        (report["unexpected_keys"], "unexpected"),
-        (mismatched, "of another shape"),
-    ):
-        if keys:
-            problems.append(f"{len(keys)} {what} ({', '.join(sorted(keys)[:3])})")
-    require(
-        not problems,
-        f"model={name}: tensors are {'; '.join(problems)}: the weights are incomplete, or do not "
-        "belong to this config.json",
-    )
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        require(
+            not report[kind],
+            f"model={name}: {kind} {sorted(map(str, report[kind]))[:3]}: the weights are "
+            "incomplete, or do not belong to this config.json",
+        )
 
 
 def load_blank(name: str):
@@ -218,19 +203,11 @@ def hidden_states(model, tokens: Tensor) -> Tensor:
     if prefix < LONG_PREFIX:
         return model.base_model(tokens, use_cache=False).last_hidden_state
     cache = DynamicCache(config=model.config)
-    settings = cache_argument(model, cache) | {"use_cache": True}
+    settings = {"past_key_values": cache, "use_cache": True}
     first = model.base_model(tokens[:1, :prefix], **settings).last_hidden_state
     cache.batch_select_indices(torch.zeros_like(tokens[:, 0]))
     rest = model.base_model(tokens[:, prefix:], **settings).last_hidden_state
     return torch.cat([first.expand(len(tokens), -1, -1), rest], dim=1)
-
-
-def cache_argument(model, cache: DynamicCache) -> dict:
-    """Return the KV cache under the name that this version of transformers has for it."""
-    names = inspect.signature(model.base_model.forward).parameters
-    if "cache" in names:  # since 5.24
-        return {"cache": cache}
-    return {"past_key_values": cache}
 
 
 def fingerprint(model) -> str:

@@ -121,7 +121,6 @@ def roll_out(policy, tokenizer, stop, problems, step, config, world=ALONE) -> Ro
         temperature=config.temperature,
         seed=config.seed,
         step=step,
-        entropy_baseline=True,
     )
     rollout.correct, _ = grade(tokenizer, problems, rollout, config.grader)
     rollout.rewards = REWARDS[config.reward].function(rollout)

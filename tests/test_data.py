@@ -91,18 +91,6 @@ def test_a_byte_order_mark_and_odd_line_ends(tmp_path):
     assert [problem["problem"] for problem in problems] == ["a\u2028b"] * 2
 
 
-def test_fields_can_be_named(tmp_path):
-    file = write_jsonl(
-        tmp_path / "p.jsonl", [{"text": "1+1?", "gold": 2, "answer": "a distractor"}]
-    )
-    problems = data.read_problems(file, problem_field="text", answer_field="gold")
-    assert problems == [{"problem": "1+1?", "answer": "2"}]
-    with pytest.raises(
-        UserError, match='line 1 .*no "problem".* text, gold, answer: .*problem_field='
-    ):
-        data.read_problems(file)
-
-
 @pytest.mark.parametrize(
     "row, words",
     [

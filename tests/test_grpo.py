@@ -6,15 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from grpo import (
-    clipped,
-    group_advantages,
-    in_chunks,
-    policy_loss,
-    ratio,
-    token_entropy,
-    token_logprobs,
-)
+from grpo import clipped, group_advantages, in_chunks, policy_loss, ratio, token_logprobs
 
 
 def float64(*shape, seed):
@@ -45,14 +37,6 @@ def test_advantages_against_loops(group_size):
 def test_equal_rewards_give_exactly_zero(value):
     """0.1 averaged in fp32 is not 0.1: without the rule the rest would be noise divided by eps."""
     assert (group_advantages(torch.full((7,), value), 7) == 0).all()
-
-
-@pytest.mark.parametrize(
-    "rewards, size", [(torch.ones(4), 1), (torch.ones(5), 2), (torch.ones(2, 2), 2)]
-)
-def test_advantages_refuse(rewards, size):
-    with pytest.raises(ValueError, match="group"):
-        group_advantages(rewards, size)
 
 
 def slow_policy_loss(logprob, old, advantage, low, high):
@@ -99,16 +83,14 @@ def test_old_logprobs_are_data():
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_token_logprobs_and_entropy_against_loops(temperature):
+def test_token_logprobs_against_loops(temperature):
     logits = 4 * float64(5, 9, seed=3)
     tokens = torch.tensor([0, 8, 3, 3, 5])
     logprobs = token_logprobs(logits, tokens, temperature=temperature)
-    entropy = token_entropy(logits, temperature=temperature)
     for i in range(5):
         weights = [math.exp(z / temperature) for z in logits[i].tolist()]
         probs = [w / sum(weights) for w in weights]
         assert logprobs[i].item() == pytest.approx(math.log(probs[tokens[i]]), rel=1e-12)
-        assert entropy[i].item() == pytest.approx(-sum(p * math.log(p) for p in probs), rel=1e-12)
 
 
 def test_bf16_logits_are_scored_in_fp32():

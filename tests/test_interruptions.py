@@ -69,9 +69,9 @@ def test_signals_end_the_evaluation_after_the_last_step_at_once(in_tmp, monkeypa
     evaluate_policy = train.evaluate_policy
     before = signal.getsignal(signal.SIGINT)
 
-    def spy(run, files, samples):
+    def spy(*arguments):
         assert signal.getsignal(signal.SIGINT) is before
-        return evaluate_policy(run, files, samples)
+        return evaluate_policy(*arguments)
 
     monkeypatch.setattr(train, "evaluate_policy", spy)
     train.main([*SMALL, "steps=1", "evaluation.every=0", "name=run"])

@@ -40,22 +40,19 @@ def test_clip_cov_marks_tokens_in_its_range_that_are_not_clipped(monkeypatch):
     monkeypatch.setattr("objectives.CLIP_COV_FRACTION", 0.05)
     logprobs = torch.full((1001,), -1.0)
     clipped = torch.arange(1001) % 3 == 0
-    tokens = {
-        "logprobs": logprobs,
-        "advantages": torch.ones(1001),
-        "old_logprobs": logprobs - clipped.float(),
-    }
+    tokens = {"logprobs": logprobs, "advantages": torch.ones(1001)}
+    old_logprobs = logprobs - clipped.float()
     candidates = {i for i in range(1001) if 1 < covariance[i] < 5 and i % 3}
     seen = set()
     for seed in range(60):
-        mask = OBJECTIVES["clip_cov"].token_mask(tokens, config_of(), seed)
+        mask = OBJECTIVES["clip_cov"].token_mask(tokens, old_logprobs, config_of(), seed)
         marked = set(mask.nonzero().flatten().tolist())
         assert len(marked) == 50
         assert marked <= candidates
         seen |= marked
     assert len(seen) > 0.99 * len(candidates)
     monkeypatch.setattr("objectives.CLIP_COV_FRACTION", 1.0)
-    everything = OBJECTIVES["clip_cov"].token_mask(tokens, config_of(), 0)
+    everything = OBJECTIVES["clip_cov"].token_mask(tokens, old_logprobs, config_of(), 0)
     assert set(everything.nonzero().flatten().tolist()) == candidates
 
 
@@ -66,9 +63,7 @@ def test_clip_cov_draws_other_tokens_than_the_selection(monkeypatch):
         "objectives.covariance_score", lambda logprobs, advantages: torch.full((2000,), 2.0)
     )
     monkeypatch.setattr("objectives.CLIP_COV_FRACTION", 0.1)
-    mask = OBJECTIVES["clip_cov"].token_mask(
-        tokens | {"old_logprobs": torch.zeros(2000)}, config_of(), 5
-    )
+    mask = OBJECTIVES["clip_cov"].token_mask(tokens, torch.zeros(2000), config_of(), 5)
     uniform = select_tokens("uniform", fraction=0.1, seed=5, **tokens)
     assert mask.sum() == uniform.sum() == 200
     assert (mask & uniform).sum() < 50  # 20 expected
@@ -80,8 +75,8 @@ def test_cov_methods_mark_at_least_one_token(monkeypatch, objective):
     tokens = {}
     for seed, name in enumerate(("logprobs", "entropy", "advantages")):
         tokens[name] = torch.randn(50, generator=torch.Generator().manual_seed(seed))
-    tokens["old_logprobs"] = tokens["logprobs"]
-    assert OBJECTIVES[objective].token_mask(tokens, config_of(), 0).sum() == 1
+    mask = OBJECTIVES[objective].token_mask(tokens, tokens["logprobs"], config_of(), 0)
+    assert mask.sum() == 1
 
 
 # ---------------------------------------------------------------- gradients of a whole update
@@ -133,12 +128,8 @@ def slow_marks(tokens, objective):
         return largest(scores, round(0.1 * N))
     if objective == "clip_cov":  # these are drawn at random: the draw is taken over, tested above
         old = torch.tensor([token["old"] for token in tokens])
-        columns = {
-            "logprobs": torch.tensor(logprobs),
-            "advantages": torch.tensor(advantages),
-            "old_logprobs": old,
-        }
-        return OBJECTIVES[objective].token_mask(columns, None, 0).nonzero().flatten().tolist()
+        columns = {"logprobs": torch.tensor(logprobs), "advantages": torch.tensor(advantages)}
+        return OBJECTIVES[objective].token_mask(columns, old, None, 0).nonzero().flatten().tolist()
     return []
 
 

@@ -54,22 +54,6 @@ def test_none_all_and_uniform():
     assert (uniform != select("uniform", step, seed=1)).any()
 
 
-@pytest.mark.parametrize(
-    "bad",
-    [
-        {"fraction": 1.5},
-        {"strategy": "best"},
-        {"logprobs": torch.zeros(3)},
-        {"strategy": "entropy_change", "entropy_baseline": None},
-        {"forking_fraction": 1.0},
-    ],
-)
-def test_selection_refuses(bad):
-    arguments = {"strategy": "scope", "fraction": 0.05, "seed": 0} | step_of_tokens(n=4) | bad
-    with pytest.raises(ValueError):
-        select_tokens(arguments.pop("strategy"), **arguments)
-
-
 # ---------------------------------------------------------------- the KL
 
 

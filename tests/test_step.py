@@ -126,7 +126,6 @@ def test_the_config_reaches_the_sampler(in_tmp, monkeypatch):
         "max_new_tokens": 9,
         "batch_size": 5,
         "segment": 4,
-        "entropy_baseline": True,
         "stop": [1],
     }
     assert calls == [named | {"step": 0}, named | {"step": 1}]

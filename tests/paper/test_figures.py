@@ -4,10 +4,9 @@ import sys
 
 import matplotlib
 import pytest
-from helpers import reported_run, tuning_run, write_jsonl
+from helpers import reported_run, tuning_run
 
 from paper import figures
-from support.config import UserError
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
@@ -19,8 +18,7 @@ RUNS = [
 for number in (0, 1, 2):
     for method, correct, strength in (("GRPO", [1, 1], 0.0), ("SCOPE", [2, 2], 0.1)):
         run = reported_run(method, number, correct, coef=strength)
-        curve = [correct[0] * 0.125 * (number + step % 2) for step in range(50)]
-        RUNS.append(run | {"curves": {"reward/accuracy": curve, "entropy": [0.5] * 50}})
+        RUNS.append(run)
 
 
 @pytest.fixture(autouse=True)
@@ -49,20 +47,6 @@ def test_pass_at_k_and_the_difference():
     assert above.get_title() == "file"
 
 
-def test_curves_are_means_over_seeds_and_neighbouring_steps():
-    accuracy, entropy = figures.curves_picture(pyplot, RUNS).axes
-    # over three seeds 0, 1, 2 and two steps 0, 1 the mean of number + step % 2 is 1.5
-    assert accuracy.lines[1].get_ydata() == pytest.approx([2 * 0.125 * 1.5] * 25)
-    assert accuracy.lines[1].get_xdata()[:2].tolist() == [1.0, 3.0]
-    assert entropy.lines[0].get_ydata() == pytest.approx([0.5] * 25)
-    # a shorter run is smoothed over as many steps
-    short = [
-        run | {"curves": {"reward/accuracy": [0.5] * 10, "entropy": [0.5] * 10}} for run in RUNS
-    ]
-    accuracy, _ = figures.curves_picture(pyplot, RUNS[::2] + RUNS[1:2] + short[3::2]).axes
-    assert sorted(len(line.get_xdata()) for line in accuracy.lines) == [5, 25]
-
-
 def test_shares_are_drawn_for_each_lambda_against_grpo():
     runs = [run for run in RUNS if run["stage"] == "test" and run["method"] == "GRPO"]
     for coef, share, correct in (
@@ -83,32 +67,10 @@ def test_shares_are_drawn_for_each_lambda_against_grpo():
 
 
 def test_a_study_has_the_pictures_that_it_can_have():
-    everything = ["settings.png", "curves.png", "pass_at_k.png"]
+    everything = ["settings.png", "pass_at_k.png"]
     assert list(figures.pictures_of(RUNS)) == everything
     assert list(figures.pictures_of(RUNS[:2])) == everything[:1]
-    assert list(figures.pictures_of(RUNS[2::2])) == ["curves.png"]
-    many = [run | {"method": f"method {i}"} for i, run in enumerate(RUNS[2:] + RUNS[2:])]
-    assert list(figures.pictures_of(many)) == []
-
-
-def test_training_curves(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    for name, count in (("one", 30), ("two", 8)):
-        rows = [{"step": 0, "eval/pass@1": 0.4}]
-        for step in range(1, count + 1):
-            rows.append({"step": step, "entropy": 1 / step, "kl/selected": None})
-        (tmp_path / name).mkdir()
-        write_jsonl(tmp_path / name / "metrics.jsonl", rows)
-    figure = figures.training_curves(pyplot, ["one", "two"])
-    panels = {axis.get_title(): axis for axis in figure.axes}
-    curve = panels["entropy (nats)"].lines[0]
-    assert curve.get_xydata().tolist() == [[step, 1 / step] for step in range(1, 31)]
-    assert panels["held-out Pass@1"].lines[0].get_xydata().tolist() == [[0, 0.4]]
-    figures.main(["one", "two"])
-    assert capsys.readouterr().out == "written: training_curves.png\n"
-    assert (tmp_path / "training_curves.png").stat().st_size > 10_000
-    with pytest.raises(UserError, match="nowhere: there is no metrics.jsonl"):
-        figures.main(["nowhere"])
+    assert list(figures.pictures_of(RUNS[2::2])) == []
 
 
 def test_without_matplotlib_one_line_says_how(monkeypatch, tmp_path):

@@ -1,71 +1,16 @@
-"""Where SCOPE acts: roles, the table, the picture, and the command."""
+"""Where SCOPE acts: the picture, and the command."""
 
 import re
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-import torch
 
 from paper import tokens
 from paper.one_step import draw_step
-from scope import redistribution_score
 from support.config import load_config
 from support.distributed import World
 from train import set_up
-
-NAMES = {
-    "d": "operand",
-    "o": "operator",
-    "s": "separator",
-    "r": "result",
-    "x": "stop",
-    "?": "format",
-    "w": "word",
-}
-
-
-@pytest.mark.parametrize(
-    "chain, roles",
-    [
-        ("3 * 5 = 15 , 15 + 7 = 22 <eos>", "d o d s r s d o d s r x"),
-        ("3 * 5 = 1 5 , 2 - 2 = 0", "d o d s r r s d o d s r"),  # a number in pieces
-        ("= 3 4 + 5", "s r r o d"),  # malformed from here on
-        ("3 + = = 7 , , -> 8", "d o s s r s s ? d"),
-        ("<pad> 3 : x15 1.5", "? d ? ? ?"),
-        (", 3 <eos> <eos> 4", "s d x x d"),
-        ("6 / 3", "d o d"),
-        (r"= _ 7 . The answer is \ box ed { 3 7 }. 5", "s ? r ? w w w ? ? ? ? r r ? d"),
-        ("", ""),
-    ],
-)
-def test_roles(chain, roles):
-    words = [word.replace("_", " ") for word in chain.split()]  # a token may be a space
-    found = tokens.token_roles(words, stop=["<eos>"])
-    assert found == [NAMES[role] for role in roles.split()]
-
-
-def test_roles_with_spaces_in_tokens():
-    roles = tokens.token_roles([" 3", "+", " 4", " =", "7", "</s>"], stop=["</s>"])
-    assert roles == [NAMES[role] for role in "dodsrx"]
-
-
-def test_role_table_by_hand():
-    roles = ["operand"] * 6 + ["operator"] * 3 + ["stop"]
-    selected = torch.tensor([True] * 3 + [False] * 3 + [True] + [False] * 3)
-    scores = torch.tensor([0.1, 0.2, 0.3, 0.0, 0.0, 0.0, 0.75, 0.0, 0.0, 0.5])
-
-    def cells(selected):
-        lines = tokens.role_table(roles, selected, scores).splitlines()[2:]
-        return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-
-    assert cells(selected) == [
-        ["operand", "60.0%", "75.0%", "0.100"],
-        ["operator", "30.0%", "25.0%", "0.250"],
-        ["stop", "10.0%", "0.0%", "0.500"],
-    ]
-    assert [line[2] for line in cells(selected & False)] == ["0.0%"] * 3
-
 
 # ---------------------------------------------------------------- the picture
 
@@ -136,7 +81,6 @@ def test_command(in_tmp, small, capsys):
     selected, total = map(int, re.search(r"selects (\d+) of (\d+) tokens", printed).groups())
     per_problem = rollout.selected.view(6, -1).sum(dim=1)
     assert selected == per_problem.sum() > 0 and total == rollout.mask.sum()
-    assert "operand" in printed
     first = 5 * int(per_problem.argmax())
     assert first > 0
     picture = Path("analyses/tokens.svg").read_text()
@@ -155,9 +99,5 @@ def test_command(in_tmp, small, capsys):
         known.add((f"p {p:.3f}, entropy {entropy:.3f}", run.tokenizer.decode([token])))
     shown = {tuple(part.text for part in token if part.text) for token in elements(picture, "g")}
     assert shown <= known
-    rows = [line.split("|")[2:5] for line in printed.splitlines() if "%" in line]
-    mean = sum(float(share.strip(" %")) / 100 * float(score) for share, _, score in rows)
-    scores = redistribution_score(rollout.logprobs.exp(), rollout.advantages[:, None])
-    assert mean == pytest.approx(scores[rollout.mask].mean().item(), abs=2e-3)
     outlined = [r for r in elements(picture, "rect") if r.get("stroke")]
     assert len(outlined) <= int(per_problem.max())

@@ -1,16 +1,15 @@
-"""A run's folder: its name, what may be resumed, logs, the model card, Weights & Biases."""
+"""A run's folder: its name, what may be resumed, logs."""
 
 import json
 import subprocess
 from pathlib import Path
 
 import pytest
-import yaml
 from helpers import config_of
 
 from support.config import UserError, read_defaults, read_run_config
 from support.files import read_jsonl
-from support.log import FREE_ON_RESUME, Log, model_card, open_run_folder, run_name, versions
+from support.log import FREE_ON_RESUME, Log, open_run_folder, run_name, versions
 
 # ---------------------------------------------------------------- the folder
 
@@ -105,21 +104,6 @@ def test_lines_after_the_last_checkpoint_are_dropped(tmp_path, capsys):
 
 
 # ---------------------------------------------------------------- what others read
-
-
-def test_the_model_card_is_read_by_the_hub(in_tmp):
-    config = config_of("model=Qwen/Qwen2.5-1.5B", "data=owner/set:main@train", "steps=7")
-    _, head, text = model_card(config, {"math500": "| table |\n"}).split("---\n", maxsplit=2)
-    assert yaml.safe_load(head) == {
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["reinforcement-learning", "grpo", "scope", "accuracy"],
-        "base_model": "Qwen/Qwen2.5-1.5B",
-    }
-    settings = yaml.safe_load(text.split("```")[1].removeprefix("yaml\n"))
-    assert settings == {"model": "Qwen/Qwen2.5-1.5B", "data": "owner/set:main@train", "steps": 7}
-    assert "math500:\n\n| table |" in text
-    assert "base_model" not in model_card(config_of("model=./a"), {})
 
 
 def test_a_machine_without_git(monkeypatch):
