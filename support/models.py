@@ -321,33 +321,19 @@ END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "<
 def stop_ids(model, tokenizer) -> list[int]:
     """Return every token id that ends a completion.
 
-    These are the eos of the model (one or a list) and of the tokenizer, the token that ends a turn
-    of the chat template, and those of END_TOKENS that the tokenizer has.
+    These are the eos of the model (one or a list) and of the tokenizer, and those of END_TOKENS
+    that the tokenizer has.
     """
     eos = model.generation_config.eos_token_id
     if not isinstance(eos, list):
         eos = [eos]
     special = tokenizer.get_added_vocab()
     end_tokens = [special.get(token) for token in END_TOKENS]
-    ids = {*eos, *end_tokens, tokenizer.eos_token_id, turn_end(tokenizer)} - {None}
+    ids = {*eos, *end_tokens, tokenizer.eos_token_id} - {None}
     require(
         bool(ids), "the model has no stop token: set eos_token_id in its generation_config.json"
     )
     return sorted(ids)
-
-
-def turn_end(tokenizer) -> int | None:
-    """Return the special token that the chat template writes after an answer, or None."""
-    if tokenizer.chat_template is None:
-        return None
-    chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "ANSWER"}]
-    _, answer, rest = render_chat(tokenizer, chat).rpartition("ANSWER")
-    if not answer:  # the template does not write the answer as it stands
-        return None
-    ids = tokenizer(rest.strip(), add_special_tokens=False).input_ids
-    if ids and ids[0] in tokenizer.get_added_vocab().values():
-        return ids[0]
-    return None
 
 
 def set_stop(model, stop: list[int]) -> None:

@@ -402,21 +402,6 @@ def test_the_end_of_a_turn_and_of_a_text_both_stop(family, ends, chat):
     assert all(repr(end) in models.describe_ids(stop, words) for end in ends)
 
 
-def test_a_chat_templates_own_end_of_turn_stops():
-    words = tokenizer("qwen", chat=True)
-    turn = "{% for m in messages %}[{{ m.role }}] {{ m.content }}"
-    words.chat_template = turn + "<|im_start|>{% endfor %}"
-    end = words.convert_tokens_to_ids("<|im_start|>")
-    assert models.turn_end(words) == end
-    no_eos = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=None))
-    assert end in models.stop_ids(no_eos, words)
-    words.chat_template = turn + "\n{% endfor %}"  # it has none: a line break
-    assert models.turn_end(words) is None
-    # the answer is not there as it stands
-    words.chat_template = "{% for m in messages %}<|im_start|>{{ m.content | lower }}{% endfor %}"
-    assert models.turn_end(words) is None
-
-
 def test_stop_ids_are_saved_with_the_model(tmp_path):
     """Also if transformers refuses to save its generation settings, as those of Llama 2: a
     temperature without do_sample.
