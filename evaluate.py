@@ -78,15 +78,15 @@ USED_SETTINGS = (
 def pass_at_k(num_samples, num_correct, k: int):
     """Estimate the probability that k samples contain a correct one: 1 - C(n-c, k) / C(n, k).
 
-    This is the unbiased estimator of Chen et al. (2021). It is computed as a product, which cannot
-    overflow: 1 - prod_j (1 - k/j) over j = n-c+1, ..., n. num_samples and num_correct are whole
-    numbers or arrays of them; the result has their shape.
+    This is the unbiased estimator of Chen et al. (2021), 1 - C(n-c, k) / C(n, k), in whole numbers,
+    which are exact and cannot overflow. num_samples and num_correct are whole numbers or arrays of
+    them; the result has their shape.
 
     >>> pass_at_k(4, 1, 2)
     0.5
     """
-    ways = np.vectorize(lambda n, c: 1 - math.comb(n - c, k) / math.comb(n, k), otypes=[float])
-    result = ways(num_samples, num_correct)
+    of_one = np.vectorize(lambda n, c: 1 - math.comb(n - c, k) / math.comb(n, k), otypes=[float])
+    result = of_one(num_samples, num_correct)
     return float(result) if result.ndim == 0 else result
 
 
@@ -115,7 +115,7 @@ def d_collapse(base_entropy, entropy, *, fraction: float = 0.2) -> float:
 
 @dataclass
 class Estimate:
-    """Holds a metric, offset + scale * sum_p top_p / sum_p bottom_p over problems p.
+    """Holds a metric that is a ratio of sums over problems p, sum_p top_p / sum_p bottom_p.
 
     For a plain mean over problems `bottom` is 1.
     """
