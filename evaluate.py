@@ -76,7 +76,7 @@ USED_SETTINGS = (
 
 
 def pass_at_k(num_samples, num_correct, k: int):
-    """Estimate the probability that k samples contain a correct one: 1 - C(n-c, k) / C(n, k).
+    """Estimate the probability that at least one of k samples is correct.
 
     This is the unbiased estimator of Chen et al. (2021), 1 - C(n-c, k) / C(n, k), in whole numbers,
     which are exact and cannot overflow. num_samples and num_correct are whole numbers or arrays of
