@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import traceback
@@ -158,6 +159,7 @@ def fork(function) -> int:
     child = os.fork()
     if child == 0:
         status = 1
+        signal.alarm(150)  # ends a rank that waits for another one for ever
         try:
             function()
             status = 0
