@@ -163,6 +163,31 @@ def shares_picture(plot, runs: list[dict]):
     return figure
 
 
+# the study of each size of the toy's hidden states, by its label
+SIZES = {"hidden size 64": "small", "96, the default": "boundary", "192": "large"}
+
+
+def sizes_picture(plot, sizes: dict[str, list[dict]]):
+    """Draw SCOPE minus the base model and minus GRPO, for {label: runs} (Figure 4)."""
+    figure, axes = plot.subplots(1, 2, figsize=(9, 4), layout="constrained")
+    ks = [1, 2, 4, 8, 16, 32, 64]
+    for i, (label, runs) in enumerate(sizes.items()):
+        methods = reported(runs)
+        others = {"the base model": ("base", "SCOPE"), "GRPO": ("trained", "GRPO")}
+        for axis, (title, (model, other)) in zip(axes, others.items()):
+            gaps = []
+            for k in ks:
+                of_scope = pass_values(methods["SCOPE"], "4-numbers", "trained", k)
+                gaps.append(of_scope - pass_values(methods[other], "4-numbers", model, k))
+            draw_band(axis, ks, gaps, f"C{i}", label)
+            axis.axhline(0, color="black", linewidth=1)
+            axis.set(title=f"SCOPE − {title}", ylabel="difference in Pass@k", xlabel="k")
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(ks, ks)
+    legend_below(figure, axes[0])
+    return figure
+
+
 def pictures_of(runs: list[dict]) -> dict:
     """Return {file name: function that draws it} of a study."""
     drawings = {}

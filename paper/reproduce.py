@@ -422,6 +422,9 @@ def main(arguments: list[str]) -> None:
             print(f"written: {out / name}/table.md")
             for file, draw in figures.pictures_of(runs).items():
                 print(figures.picture(out / name / file, draw, runs))
+    sizes = {label: read_jsonl(out / name / "runs.jsonl") for label, name in figures.SIZES.items()}
+    if all(sizes.values()):
+        print(figures.picture(out / "sizes.png", figures.sizes_picture, sizes))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,12 @@ for number in (0, 1, 2):
         RUNS.append(run)
 
 
+def with_64_samples(runs: list[dict]) -> list[dict]:
+    """Return the test runs as if they had 64 samples of each problem of 4-numbers."""
+    test = [run for run in runs if run["stage"] == "test"]
+    return [run | {"test": {"4-numbers": run["test"]["file"] | {"samples": 64}}} for run in test]
+
+
 @pytest.fixture(autouse=True)
 def closed():
     yield
@@ -64,6 +70,20 @@ def test_shares_are_drawn_for_each_lambda_against_grpo():
     assert one.lines[1].get_ydata().tolist() == [0.625, -0.25]
     assert four.lines[1].get_ydata().tolist() == [0.0, -1.0]
     assert collapse.get_title() == "d_collapse, difference to GRPO" and len(collapse.lines) == 3
+
+
+def test_sizes_are_compared_with_the_base_model_and_with_grpo():
+    other = [run for run in RUNS if run["method"] == "GRPO"]
+    other += [run | {"method": "SCOPE"} for run in other]
+    figure = figures.sizes_picture(
+        pyplot, {"one": with_64_samples(RUNS), "two": with_64_samples(other)}
+    )
+    base, grpo = figure.axes
+    assert [axis.get_title() for axis in figure.axes] == ["SCOPE − the base model", "SCOPE − GRPO"]
+    assert [line.get_label() for line in base.lines[::2]] == ["one", "two"]
+    assert base.lines[0].get_ydata()[0] == pytest.approx(2 / 64)  # no sample of the base is correct
+    assert grpo.lines[0].get_ydata()[[0, -1]] == pytest.approx([1 / 64, 0])
+    assert not grpo.lines[2].get_ydata().any()
 
 
 def test_a_study_has_the_pictures_that_it_can_have():
