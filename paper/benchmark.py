@@ -1,7 +1,7 @@
 """Compare the time or memory of several ways in one run, so that a busy machine slows down all.
 
     python -m paper.benchmark step       # a step of GRPO, of SCOPE, and with the KL on all tokens
-    python -m paper.benchmark memory     # an update with 151,936 words, in chunks and at once
+    python -m paper.benchmark memory     # an update with a large vocabulary, in chunks and at once
     python -m paper.benchmark rollout    # tokens per second against a bare `generate`
     python -m paper.benchmark peer       # against a step of TRL's GRPOTrainer (pip install trl)
 

@@ -270,12 +270,12 @@ def overrides_of(study: Study, line: dict) -> list[str]:
     """
     stage = study.tuning if line["stage"] == "tuning" else study.test
     warmup = 0.1 * max(study.stops) / line["steps"]
-    own = f"optimizer.lr={line['rate']} optimizer.warmup={warmup:g} steps={line['steps']}"
+    setting = f"optimizer.lr={line['rate']} optimizer.warmup={warmup:g} steps={line['steps']}"
     if line["coef"]:
-        own += f" selection.kl_coef={line['coef']}"
+        setting += f" selection.kl_coef={line['coef']}"
     common = study.overrides.format(seed=line["seed"])
     # the last one counts, so that a method can change what all have
-    return f"{common} {stage} {own} {study.methods[line['method']]}".split()
+    return f"{common} {stage} {setting} {study.methods[line['method']]}".split()
 
 
 def tuning_lines(study: Study) -> list[dict]:
