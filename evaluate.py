@@ -256,7 +256,7 @@ def evaluate(
     """Sample and grade `samples` completions per problem.
 
     The work is split over ranks, and every rank returns the whole result. With a folder the result
-    is stored there, and the next time it is read.
+    is stored there, and read from there if it exists.
     """
     stored = None
     if folder is not None:
@@ -454,15 +454,20 @@ def compare(results: dict[str, Evaluation]) -> dict[str, dict]:
     high), with the 95 % interval of a paired bootstrap over problems.
     """
     base = next(iter(results.values()))
-    estimates = base.metrics(base)
-    report = {}
+    metrics = {}
     for name, result in results.items():
-        report[name] = result.summary(base if len(results) > 1 else None)
-        if result is not base:
-            report[name]["differences"] = {
-                metric: difference(estimates[metric], estimate)
-                for metric, estimate in result.metrics(base).items()
-            }
+        metrics[name] = result.metrics(base if len(results) > 1 else None)
+    first, *others = metrics
+    report = {}
+    for name, estimates in metrics.items():
+        report[name] = {
+            metric: (estimate.value, estimate.error) for metric, estimate in estimates.items()
+        }
+    for name in others:
+        report[name]["differences"] = {
+            metric: difference(metrics[first][metric], estimate)
+            for metric, estimate in metrics[name].items()
+        }
     return report
 
 
@@ -480,7 +485,7 @@ def print_comparison(file: str, report: dict[str, dict], problems: int, config) 
         for name in others:
             value, low, high = report[name]["differences"][metric]
             star = " *" if low > 0 or high < 0 else ""
-            row.append(f"{value:+.3f} [{low:+.3f}, {high:+.3f}]{star}")
+            row.append(f"{value:+z.3f} [{low:+z.3f}, {high:+z.3f}]{star}")
         rows.append(row)
     print(f"\nDifference from {first}, with the 95 % interval of a paired bootstrap over problems;")
     print("* the interval excludes 0:\n")

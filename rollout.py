@@ -71,17 +71,17 @@ def sample_tokens(probs: Tensor, number: Tensor) -> Tensor:
     return exceeds.to(torch.uint8).argmax(dim=-1)
 
 
-def token_numbers(logprobs: Tensor, tokens: Tensor) -> Tensor:
-    """Describe each token and its distribution by four numbers.  [n, V], [n] -> [n, 4]
+def token_numbers(logprobs: Tensor, probs: Tensor, tokens: Tensor) -> Tensor:
+    """Describe tokens and their distributions by four numbers.  [n, V], [n, V], [n] -> [n, 4]
 
     They are the log-probability of the token, the entropy in nats, the self-certainty
     KL(uniform || policy) = -log V - mean_v log p_v (Zhao et al. 2025), and sum_v p_v^2 (log p_v +
     entropy), the baseline of scope.entropy_change_score.
     """
-    probs = logprobs.exp()
-    entropy = -(probs * logprobs).sum(dim=1)
+    weighted = probs * logprobs
+    entropy = -weighted.sum(dim=1)
     self_certainty = -logprobs.mean(dim=1) - math.log(logprobs.shape[1])
-    baseline = (probs**2 * (logprobs + entropy[:, None])).sum(dim=1)
+    baseline = (probs * weighted).sum(dim=1) + entropy * probs.square().sum(dim=1)
     chosen = logprobs.gather(1, tokens[:, None]).squeeze(1)
     return torch.stack([chosen, entropy, self_certainty, baseline], dim=1)
 
@@ -104,13 +104,14 @@ class StatelessSampler(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         logprobs = torch.log_softmax(scores.float() / (self.temperature or 1.0), dim=-1)
+        probs = logprobs.exp()
         if self.temperature > 0:
             number = uniform(self.seed, self.step, self.rows, self.position)
-            token = sample_tokens(logprobs.exp(), number)
+            token = sample_tokens(probs, number)
         else:
             token = logprobs.argmax(dim=-1)
         self.tokens.append(token)
-        self.record.append(token_numbers(logprobs, token))
+        self.record.append(token_numbers(logprobs, probs, token))
         self.position = self.position + 1
         return logprobs.scatter_(1, token[:, None], math.inf)
 
@@ -517,7 +518,7 @@ def decode(tokenizer, rollout: Rollout) -> list[str]:
 
 @torch.no_grad()
 def rescore(policy, rollout: Rollout, config, world) -> Rollout:
-    """Return the rollout with log-probabilities and entropies of the current policy.
+    """Return the rollout with the `token_numbers` of the current policy.
 
     With several updates per rollout, training uses it before each of them: before the first so that
     ratios contain no rounding of the KV cache, and later because the policy has changed.
@@ -526,7 +527,8 @@ def rescore(policy, rollout: Rollout, config, world) -> Rollout:
     temperature = config.temperature or 1.0
 
     def score(hidden: Tensor, targets: Tensor) -> Tensor:
-        return token_numbers(torch.log_softmax(head(hidden) / temperature, dim=1), targets)
+        logprobs = torch.log_softmax(head(hidden) / temperature, dim=1)
+        return token_numbers(logprobs, logprobs.exp(), targets)
 
     record = torch.zeros(*rollout.mask.shape, 4, device=rollout.mask.device)
     for rows in rollout.micro_batches(config):

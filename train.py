@@ -537,6 +537,9 @@ def finish(run: Run, log: Log, base: dict[str, Evaluation]) -> None:
     if not run.world.is_main:
         return
     log.metrics(config.steps, evaluation_metrics(trained, base))
+    with replace_folder(run.folder / "model") as unfinished:
+        run.policy.save_pretrained(unfinished)
+        run.tokenizer.save_pretrained(unfinished)
     report = {}
     for file, result in trained.items():
         models = {"base": base[file], "trained": result}
@@ -545,9 +548,6 @@ def finish(run: Run, log: Log, base: dict[str, Evaluation]) -> None:
         log.print(f"\n{file}:\n\n{table}\n{caption(*result.correct.shape, config.temperature)}\n")
         correct = {name: model.correct.sum(axis=1).tolist() for name, model in models.items()}
         report[file] |= {"samples": config.evaluation.samples, "correct": correct}
-    with replace_folder(run.folder / "model") as unfinished:
-        run.policy.save_pretrained(unfinished)
-        run.tokenizer.save_pretrained(unfinished)
     replace_text(run.folder / "evaluation.json", json.dumps(report, indent=1) + "\n")
     log.print(
         f"written to {run.folder}/: config.yaml, metrics.jsonl (a line a step), "

@@ -194,8 +194,14 @@ def pictures_of(runs: list[dict]) -> dict:
     if any(run["stage"] == "tuning" for run in runs):
         drawings["settings.png"] = settings_picture
     methods = reported(runs)
-    if shares_of(methods):
-        return {"shares.png": shares_picture}
-    if {"GRPO", "SCOPE"} <= methods.keys():
+    if shares_of(methods) and len({len(of_method) for of_method in methods.values()}) == 1:
+        drawings["shares.png"] = shares_picture
+    if has_pair(runs):
         drawings["pass_at_k.png"] = pass_at_k
     return drawings
+
+
+def has_pair(runs: list[dict]) -> bool:
+    """Return whether GRPO and SCOPE have the same number of seeds, as in a study that is done."""
+    methods = reported(runs)
+    return len(methods.get("GRPO", [])) == len(methods.get("SCOPE", [])) > 0

@@ -423,7 +423,7 @@ def main(arguments: list[str]) -> None:
             for file, draw in figures.pictures_of(runs).items():
                 print(figures.picture(out / name / file, draw, runs))
     sizes = {label: read_jsonl(out / name / "runs.jsonl") for label, name in figures.SIZES.items()}
-    if all(sizes.values()):
+    if all(map(figures.has_pair, sizes.values())):
         print(figures.picture(out / "sizes.png", figures.sizes_picture, sizes))
 
 

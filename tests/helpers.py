@@ -159,7 +159,7 @@ def fork(function) -> int:
     child = os.fork()
     if child == 0:
         status = 1
-        signal.alarm(150)  # ends a rank that waits for another one for ever
+        signal.alarm(150)  # ends a copy that hangs, as a rank that waits for another one
         try:
             function()
             status = 0
@@ -205,7 +205,7 @@ def tuning_run(method, rate, coef, seed, **steps):
     validation = {}
     for step, value in steps.items():
         metrics = {"pass@1": value, "pass@16": 1 - value, "entropy": 0.25, "d_collapse": 0.5}
-        validation[step[4:]] = metrics | {"pass@16_stderr": 9.0}
+        validation[step[4:]] = metrics | {"pass@16_stderr": 9.0}  # as older lines have
     return dict(
         method=method, rate=rate, coef=coef, seed=seed, stage="tuning", validation=validation
     )

@@ -34,8 +34,10 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_correct_sample(n):
     "n, c, k", [(10_000, 3, 128), (10_000, 9_990, 9_999), (128, 1, 128), (256, 200, 64)]
 )
 def test_pass_at_k_for_many_samples(n, c, k):
-    exact = 1 - math.comb(n - c, k) / math.comb(n, k)  # in integers, which do not overflow
-    assert evaluate.pass_at_k(n, c, k) == pytest.approx(exact, rel=1e-9)
+    missed = 1.0  # by k draws without replacement, one after another
+    for i in range(k):
+        missed *= max(n - c - i, 0) / (n - i)
+    assert evaluate.pass_at_k(n, c, k) == pytest.approx(1 - missed, rel=1e-9)
 
 
 def test_pass_at_k_of_arrays():
@@ -61,6 +63,9 @@ def test_ties_at_the_threshold_are_no_collapse(entropy):
     """In the first case no token lies above the threshold at all."""
     base = np.array(entropy * 25)
     assert evaluate.d_collapse(base, base) == 0
+    yes = np.ones((1, len(base)), dtype=bool)
+    result = evaluate.Evaluation(yes, yes.astype(int), yes, base)
+    assert result.metrics(result)["d_collapse"].value == 0
 
 
 # ---------------------------------------------------------------- standard errors and differences
@@ -157,6 +162,7 @@ def test_a_table_has_every_value_under_its_model():
     assert len({len(line) for line in lines}) == 1  # the columns are aligned
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert rows[0] == ["", "base", "trained"]
+    assert evaluate.with_error(-0.0001, None) == "0.000"
     cells = {row[0]: row[1:] for row in rows[2:]}
     assert cells.keys() == summaries["trained"].keys()
     value, error = summaries["trained"]["d_collapse"]
@@ -288,7 +294,9 @@ def test_a_result_is_kept_and_used_again(one, monkeypatch):
     evaluate.main(arguments)
     assert calls == [(5, evaluate.EVALUATION_STEP)] * 3
     first = report()["results"]
-    evaluate.main([*arguments, "show=0"])  # nothing is sampled again
+    for path in Path("evaluations").glob("*.json"):
+        path.unlink()
+    evaluate.main(arguments)  # nothing is sampled again
     assert len(calls) == 3
     assert report()["results"] == first
 
@@ -336,7 +344,8 @@ def test_other_settings_or_weights_are_another_result(toys, one, monkeypatch):
 
 def test_greedy_decoding_is_one_sample(one):
     evaluate.main([one, *SMALL, "temperature=0", "samples=1"])
-    assert "pass@1" in next(iter(report()["results"]["auto"].values()))
+    metrics = next(iter(report()["results"]["auto"].values()))
+    assert "pass@1" in metrics and "d_collapse" not in metrics  # there is no base model
     with pytest.raises(UserError, match="temperature=0"):
         evaluate.main([one, *SMALL, "temperature=0"])
 

@@ -141,7 +141,7 @@ def two_steps(config, reference):
     assert not torch.equal(policy.get_input_embeddings().weight, before)
 
 
-@pytest.mark.parametrize("i, strategy", enumerate(STRATEGIES))
+@pytest.mark.parametrize("i, strategy", list(enumerate(STRATEGIES)))
 def test_every_method_trains(monkeypatch, i, strategy):
     """Each strategy with the objectives and rewards in turn: finite, and the weights move."""
     monkeypatch.setattr("rewards.is_correct", lambda problem, text, grader: len(text) % 3 == 0)

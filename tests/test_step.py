@@ -156,18 +156,18 @@ def test_random_choices_follow_the_seed(monkeypatch):
 
 
 def test_the_current_policy_selects_and_the_old_one_clips(monkeypatch):
-    """Where rho = e, tokens with A > 0 are clipped. A higher baseline leaves those with A < 0."""
+    """Where rho = e, tokens with A > 0 are clipped. A lower baseline selects just these."""
     monkeypatch.setattr("objectives.CLIP_COV_RANGE", (-9.0, 9.0))
     monkeypatch.setattr("objectives.CLIP_COV_FRACTION", 1.0)
     rollout = made_up_rollout(tiny_model(), list(range(32)), by_length)
     current = dataclasses.replace(
-        rollout, logprobs=rollout.logprobs + 1, entropy_baseline=rollout.entropy_baseline + 10
+        rollout, logprobs=rollout.logprobs + 1, entropy_baseline=rollout.entropy_baseline - 10
     )
     settings = ["selection.strategy=entropy_change", "selection.fraction=1", "objective=clip_cov"]
-    masks = select(current, rollout, config_of(*settings), ALONE, seed=0)[:2]
+    selected, marked, _ = select(current, rollout, config_of(*settings), ALONE, seed=0)
     advantages = rollout.advantages[:, None].expand_as(rollout.mask)
-    for mask in masks:
-        assert (mask == (rollout.mask & (advantages < 0))).all()
+    assert (selected == (rollout.mask & (advantages > 0))).all()
+    assert (marked == (rollout.mask & (advantages < 0))).all()
 
 
 @pytest.mark.parametrize("fraction", [0.1, 0.35])

@@ -91,6 +91,7 @@ def test_a_study_has_the_pictures_that_it_can_have():
     assert list(figures.pictures_of(RUNS)) == everything
     assert list(figures.pictures_of(RUNS[:2])) == everything[:1]
     assert list(figures.pictures_of(RUNS[2::2])) == []
+    assert list(figures.pictures_of(RUNS[:-1])) == everything[:1]  # a seed is still missing
 
 
 def test_without_matplotlib_one_line_says_how(monkeypatch, tmp_path):
