@@ -85,8 +85,15 @@ def start_and_be_killed(arguments: list[str]) -> None:
         pass
 
 
+def without_times(runs: list[dict]) -> list[dict]:
+    return [run | {"seconds": 0} for run in runs]
+
+
 def test_a_study_in_miniature_killed_and_resumed(in_tmp):
-    """A finished run is not repeated, and an unfinished one goes on from its checkpoint."""
+    """A finished run is not repeated, and an unfinished one goes on from its checkpoint.
+
+    Runs and table are those of an unbroken study.
+    """
     start_and_be_killed(["small"])
     results = Path("results/small/runs.jsonl")
     assert {run["method"] for run in read_jsonl(results)} == {"GRPO"}
@@ -109,6 +116,10 @@ def test_a_study_in_miniature_killed_and_resumed(in_tmp):
 
     reproduce.main(["tables"])
     assert results.with_name("table.md").read_text() == text
+    Path("runs").rename("first-runs")
+    reproduce.main(["small", "out=again"])
+    again = read_jsonl(Path("again/small/runs.jsonl"))
+    assert without_times(again) == without_times(runs)
 
 
 def check_tuning_runs(runs: list[dict]) -> None:
