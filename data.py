@@ -205,9 +205,9 @@ def math_problem(row: dict) -> dict:
     # a lone surrogate is half a character and cannot be tokenized
     if not isinstance(text, str) or not text.strip() or re.search("[\ud800-\udfff]", text):
         raise ValueError(f'"{field}" must be text, not {json.dumps(text)[:40]}')
-    answer = gold_answer(row.get("answer"), "answer") or gold_answer(
-        row.get("solution"), "solution"
-    )
+    answer = gold_answer(row.get("answer"), "answer")
+    if not answer:
+        answer = gold_answer(row.get("solution"), "solution")
     return {"problem": text.strip(), "answer": answer}
 
 

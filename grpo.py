@@ -45,15 +45,10 @@ def in_chunks(function: Callable[..., Tensor], *tensors: Tensor, size: int) -> T
 def token_logprobs(logits: Tensor, tokens: Tensor, *, temperature: float) -> Tensor:
     """Return log softmax(logits / temperature) at the given tokens.  [.., V], [..] -> [..]
 
-    bf16 logits are converted to fp32.
+    bf16 logits are converted to fp32, because a log-softmax in bf16 is wrong in the second digit.
     """
-    logits = at_least_fp32(logits) / temperature
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
     return logits.gather(-1, tokens[..., None]).squeeze(-1) - logits.logsumexp(dim=-1)
-
-
-def at_least_fp32(logits: Tensor) -> Tensor:
-    """Convert bf16 logits to fp32: a log-softmax in bf16 is wrong in the second digit."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:

@@ -513,7 +513,7 @@ def print_step(
 def evaluate_policy(
     run: Run, files: Iterable[str], samples: int, folder: Path | None = None
 ) -> dict[str, Evaluation]:
-    """Evaluate the current policy on some of the held-out files; `folder` keeps the results."""
+    """Evaluate the current policy on some of the held-out files; `folder` is as in `evaluate`."""
     results = {}
     for file in files:
         results[file] = evaluate(
